@@ -1,0 +1,43 @@
+// fastgd._core: the table of contents.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+
+#include "../cpu/dispatch.hpp"
+#include "../cpu/pool.hpp"
+#include "registry.hpp"
+#include "step.hpp"
+#include "stream.hpp"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
+    using namespace fastgd;
+    m.doc() = "The compiled half of fastgd: fused update kernels for every instruction set, and their dispatch.";
+
+    const char* forced = std::getenv("FASTGD_ISA");
+    try {
+        choose_isa(forced && *forced ? forced : nullptr);
+    } catch (const std::runtime_error& error) {
+        throw py::import_error(error.what());
+    }
+    m.def("isa", [] { return isa(); });
+    m.def("available_isas", &available_isas);
+    m.def("get_num_threads", &get_num_threads);
+    m.def("set_num_threads", &set_num_threads, py::arg("n"));
+
+    py::dict rules;
+    for (const Rule& rule : registry()) {
+        py::dict entry;
+        entry["flags"] = py::tuple(py::cast(rule.flags));
+        entry["coefficients"] = rule.coefficients;
+        entry["states"] = py::tuple(py::cast(std::vector<int>(rule.states, rule.states + (1 << rule.flags.size()))));
+        rules[rule.name] = entry;
+    }
+    m.attr("RULES") = rules;
+
+    register_step(m);
+    register_prepared(m);
+    register_stream(m);
+}

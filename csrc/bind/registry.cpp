@@ -1,0 +1,63 @@
+#include "registry.hpp"
+
+#include <cstring>
+#include <string>
+
+namespace py = pybind11;
+
+namespace fastgd {
+namespace {
+
+template <template <bool...> class R, int flags, int mask> void count_states(Rule& rule) {
+    if constexpr (mask < (1 << flags)) {
+        rule.states[mask] = variant<R, flags, mask>::type::states;
+        count_states<R, flags, mask + 1>(rule);
+    }
+}
+
+template <template <bool...> class R, int flags> Rule make(const char* name, std::vector<const char*> names) {
+    using C = typename variant<R, flags, 0>::type::template Coefficients<double>;
+    Rule rule{name, names, sizeof(C) / sizeof(double), {}};
+    count_states<R, flags, 0>(rule);
+    return rule;
+}
+
+}  // namespace
+
+const std::vector<Rule>& registry() {
+    static const std::vector<Rule> all = {
+#define RULE(name, ...) make<name, count(__VA_ARGS__)>(#name, {__VA_ARGS__}),
+        FASTGD_RULES(RULE)
+#undef RULE
+    };
+    return all;
+}
+
+RuleId find_rule(py::handle name) {
+    const char* wanted = PyUnicode_AsUTF8(name.ptr());
+    if (!wanted) throw py::error_already_set();
+    const std::vector<Rule>& all = registry();
+    for (size_t i = 0; i < all.size(); ++i)
+        if (!std::strcmp(wanted, all[i].name)) return RuleId(i);
+    throw py::value_error(std::string("rule: unknown name '") + wanted + "'");
+}
+
+Row read_row(RuleId id, py::handle row) {
+    const Rule& rule = registry()[id];
+    if (!PyTuple_Check(row.ptr()) || PyTuple_GET_SIZE(row.ptr()) != 2 + rule.coefficients)
+        throw py::value_error(std::string("row: expected a tuple of 2 + ") + std::to_string(rule.coefficients) +
+                              " numbers for " + rule.name);
+    auto number = [&](int i) {
+        double x = PyFloat_AsDouble(PyTuple_GET_ITEM(row.ptr(), i));
+        if (x == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+        return x;
+    };
+    Row r;
+    r.variant = int(number(0));
+    if (r.variant < 0 || r.variant >= 1 << rule.flags.size()) throw py::value_error("row: no such variant");
+    r.sign = number(1);
+    for (int i = 0; i < rule.coefficients; ++i) r.coefficients[i] = number(2 + i);
+    return r;
+}
+
+}  // namespace fastgd

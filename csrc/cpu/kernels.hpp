@@ -1,0 +1,43 @@
+// What one instruction set provides: plain loops over one tile, as function pointers.
+#pragma once
+#include <stdint.h>
+
+#include "../pass/dtype.hpp"
+#include "../rules.hpp"
+
+namespace fastgd {
+
+constexpr int max_states = 3;
+constexpr int max_variants = 8;
+constexpr int max_coefficients = 8;
+
+enum RuleId {
+#define RULE(name, ...) rule_##name,
+    FASTGD_RULES(RULE)
+#undef RULE
+        rules
+};
+
+// A rule's numbers for one step, in float64; a kernel rounds them once to its compute type.
+struct Row {
+    int variant;
+    double sign;  // -1 maximizes
+    double coefficients[max_coefficients];
+};
+
+// n elements in the compute type: p and states in place.
+using Update = void (*)(int64_t n, void* p, const void* g, void* const* states, const Row& row);
+// n elements that stand `stride` bytes apart, to or from a dense buffer in the compute type.
+using Load = void (*)(int64_t n, const char* from, int64_t stride, void* to);
+using Store = void (*)(int64_t n, const void* from, char* to, int64_t stride);
+// n elements of each stream: one is read, the others are read and rewritten. The memory's limit for an update.
+using Stream = void (*)(int64_t n, const void* read, void* const* writes);
+
+struct Kernels {
+    Update update[rules][max_variants][computes];
+    Load load[dtypes][computes];
+    Store store[dtypes][computes];
+    Stream stream[2][1 + max_states];  // [first two streams of 4 or of 2 bytes][streams written - 1]
+};
+
+}  // namespace fastgd

@@ -1,0 +1,35 @@
+"""Fused steps of gradient descent for NumPy arrays: one text, one answer, one pass."""
+
+from fastgd import engine as _engine
+from fastgd import reference
+from fastgd.engine import __version__, config, get_num_threads, set_num_threads
+from fastgd.optimizers import SGD, Adagrad, Adam, AdamW, Lion, RMSprop
+from fastgd.steps import Steps as _Steps
+
+_steps = _Steps(_engine.active)
+sgd_step = _steps.sgd_step
+adam_step = _steps.adam_step
+adamw_step = _steps.adamw_step
+adagrad_step = _steps.adagrad_step
+rmsprop_step = _steps.rmsprop_step
+lion_step = _steps.lion_step
+
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Lion",
+    "RMSprop",
+    "__version__",
+    "adagrad_step",
+    "adam_step",
+    "adamw_step",
+    "config",
+    "get_num_threads",
+    "lion_step",
+    "reference",
+    "rmsprop_step",
+    "set_num_threads",
+    "sgd_step",
+]

@@ -1,0 +1,60 @@
+"""Measure every rule on this machine: against the memory's own limit, NumPy, and the peers that are installed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import fastgd
+from fastgd.cli.bench import core
+from fastgd.cli.bench.case import workloads
+from fastgd.cli.bench.machine import described
+from fastgd.cli.bench.peers import PEERS
+from fastgd.cli.bench.report import Report
+from fastgd.cli.stop import Stop
+
+SUITES = {"core": core}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the benchmark's options."""
+    parser.add_argument("--suite", choices=SUITES, default="core", help="what to measure")
+    parser.add_argument("--sections", nargs="+", choices=core.SECTIONS, metavar="NAME", help="only these of the suite")
+    parser.add_argument(
+        "--rules", nargs="+", metavar="NAME", help="only these rules (momentum, nesterov: variants of sgd)"
+    )
+    parser.add_argument("--sizes", nargs="+", metavar="N", help="elements of the single arrays: 1000, 100Ki, 64Mi")
+    parser.add_argument("--lists", nargs="+", choices=workloads(), metavar="MODEL", help=", ".join(workloads()))
+    parser.add_argument("--peers", nargs="*", choices=PEERS, metavar="NAME", help=", ".join(map(repr, PEERS)))
+    parser.add_argument("--rounds", type=int, metavar="N", help="rounds of a case (at least 3 are timed)")
+    parser.add_argument("--seconds", type=float, metavar="S", help="after so long a case begins no further round")
+    parser.add_argument("--quick", action="store_true", help="few rules, small arrays, no compiler: half a minute")
+    parser.add_argument("--thorough", action="store_true", help="also what takes a peer minutes to compile")
+    parser.add_argument("--huge", action="store_true", help="up to 1 Gi elements wherever they fit into memory at all")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="save every timing")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="save the roofline: bytes per second by size")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print the tables, and save what was asked for."""
+    if fastgd.config()["isa"] == "reference":
+        raise Stop("the compiled module is missing here; the NumPy twin is there to check bits, not to be timed")
+    for path in (args.json, args.plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise Stop(f"cannot save {path}: no such folder")
+
+    report = Report(described())
+    print(report.header(), flush=True)
+    SUITES[args.suite].run(args, report)
+    print(report.closing())
+    if args.json is not None:
+        args.json.write_text(json.dumps(report.as_dict(), indent=1) + "\n")
+        print(f"\nEvery timing was saved to {args.json}", file=sys.stderr)
+    if args.plot is not None:
+        from fastgd.cli.bench.plot import save_roofline
+
+        save_roofline(report, args.plot)
+        print(f"\nThe roofline was saved to {args.plot}", file=sys.stderr)
+    return 0

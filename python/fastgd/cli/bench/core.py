@@ -1,0 +1,255 @@
+"""The suite ``core``: the steps themselves, from one element to a model and to the memory's limit."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterable
+from itertools import count
+from math import prod
+from typing import Any
+
+import numpy as np
+
+import fastgd
+from fastgd.cli.bench.case import Array, Case, Memory, Setting, settings, workloads
+from fastgd.cli.bench.machine import available_memory
+from fastgd.cli.bench.measure import LIMIT, OURS, Contender, Result, compete, difference, steps_taken
+from fastgd.cli.bench.peers import PEERS, Peer
+from fastgd.cli.bench.report import Report, Section, elements_in_words
+from fastgd.cli.stop import Stop
+
+_SIZES = ["1", "1Ki", "100Ki", "1Mi", "64Mi"]
+_LISTS = ["yolo26n", "resnet50", "gpt2-small"]
+_QUICK_SIZES = ["1", "1Ki", "100Ki", "1Mi"]
+_QUICK_LISTS = ["mlp-mnist", "yolo26n"]
+_QUICK_RULES = ["sgd", "nesterov", "adamw"]
+
+# The arrays of a case and of its slowest peers (optax's own, NumPy's temporaries), in units of the parameters.
+_COPIES = 12
+
+
+def run(args: argparse.Namespace, report: Report) -> None:
+    """Measure the sections that were asked for, each into the report."""
+    for name in args.sections or SECTIONS:
+        SECTIONS[name](args, report)
+
+
+def sizes(args: argparse.Namespace, report: Report) -> None:
+    """Every rule on one array, from one element to far beyond the caches."""
+    for size in args.sizes or (_QUICK_SIZES if args.quick else _SIZES):
+        n = _parsed(size)
+        if not _fits(n * 4 * _COPIES, f"one array of {size}", report):
+            continue
+        memory = Memory(elements_in_words(n), [(n,)], single=True)
+        section = report.begin("size", f"One array: {elements_in_words(n)}, float32")
+        _all_rules(args, section, memory, report)
+
+
+def lists(args: argparse.Namespace, report: Report) -> None:
+    """Every rule on the parameters of real models."""
+    for model in args.lists or (_QUICK_LISTS if args.quick else _LISTS):
+        shapes = workloads()[model]
+        n = sum(map(prod, shapes))
+        if not _fits(n * 4 * (_COPIES + 4), model, report):
+            continue
+        memory = Memory(model, shapes)
+        section = report.begin("list", f"{model}: {len(shapes)} arrays, {elements_in_words(n)}, float32")
+        _all_rules(args, section, memory, report)
+
+
+def small(args: argparse.Namespace, report: Report) -> None:
+    """Where the call is all that costs: one element, and a class over many tiny arrays."""
+    section = report.begin("small", "Overhead")
+    w, g = np.array([1.0], np.float32), np.array([1e-3], np.float32)
+    names = {"sgd_step": fastgd.sgd_step, "w": w, "g": g, "lr": 1e-3}
+    statements = [Contender(OURS, "sgd_step(w, g, lr)", names), Contender("numpy", "w -= lr * g", names)]
+    section.add(Result("one element, `w -= lr * g`", 1, 1, 0, compete(statements, *_patience(args))))
+
+    setting = settings()["adamw"]
+    case = Memory("366 x 8", [(8,)] * 366).case(setting)
+    case.reset()
+    contenders = [_as_class(case, OURS), *_torch_classes(args, case)]
+    for contender in contenders:
+        contender.seconds(3)
+    section.add(Result("class AdamW, 366 arrays of 8", case.elements, 366, 0, compete(contenders, *_patience(args))))
+    section.finish()
+
+
+def bfloat16(args: argparse.Namespace, report: Report) -> None:
+    """AdamW with bfloat16 parameters and gradients and float32 state, against the limit for its own bytes."""
+    try:
+        from ml_dtypes import bfloat16 as dtype
+    except ImportError:
+        report.note("bfloat16: not measured, for NumPy has it from ml_dtypes, which is not installed")
+        return
+    section = report.begin("bfloat16", "AdamW, bfloat16 parameters and gradients, float32 state")
+    for size in ["1Mi"] if args.quick else ["1Mi", "64Mi"]:
+        n = _parsed(size)
+        if not _fits(n * 20, f"bfloat16, {size}", report):
+            continue
+        case = Memory(elements_in_words(n), [(n,)], single=True).case(settings()["adamw"])
+        case.reset()
+        case.params, case.grads = ([a.astype(dtype) for a in role] for role in (case.params, case.grads))
+        case.flat = [role[0] for role in (case.params, case.grads, *case.states)]
+        contenders = [_limit(case), _ours(case)]
+        section.add(_result(case, case.label, compete(contenders, *_patience(args))))
+    section.finish()
+
+
+def growth(args: argparse.Namespace, report: Report) -> None:
+    """The cost of an element, from a million of them to a billion: no step, no cliff."""
+    section = report.begin("growth", "Cost of an element, SGD, float32")
+    setting = settings()["sgd"]
+    for size in ["1Mi", "4Mi", "16Mi"] if args.quick else ["1Mi", "4Mi", "16Mi", "64Mi", "256Mi", "1Gi"]:
+        n = _parsed(size)
+        if not _fits(n * 8 if args.huge else n * 16, f"SGD on {size}", report):
+            continue
+        case = Memory(elements_in_words(n), [(n,)], single=True, roles=2).case(setting)
+        case.reset()
+        contenders = [_limit(case), _ours(case)]
+        section.add(_result(case, case.label, compete(contenders, *_patience(args))))
+    section.finish()
+
+
+SECTIONS: dict[str, Callable[[argparse.Namespace, Report], None]] = {
+    "sizes": sizes,
+    "lists": lists,
+    "small": small,
+    "bfloat16": bfloat16,
+    "growth": growth,
+}
+
+
+def _all_rules(args: argparse.Namespace, section: Section, memory: Memory, report: Report) -> None:
+    """One row a rule: ours, the limit, and every peer that takes the same step."""
+    peers = list(_peers(args, report))
+    for setting in _settings(args):
+        case = memory.case(setting)
+        case.reset()
+        ours = _ours(case)
+        expected = steps_taken(ours)
+        contenders = [_limit(case), ours]
+        if not case.single:
+            contenders.append(_as_class(case))
+        for peer in peers:
+            if peer.most_arrays is not None and len(case.params) > peer.most_arrays and not args.thorough:
+                report.note(f"{peer.name}: left out on lists, which take it minutes to compile (--thorough)")
+                continue
+            contender = _agreeing(peer, case, expected, report)
+            if contender is not None:
+                contenders.append(contender)
+        section.add(_result(case, setting.name, compete(contenders, *_patience(args))))
+    section.finish()
+
+
+def _agreeing(peer: Peer, case: Case, expected: list[Array], report: Report) -> Contender | None:
+    """The peer, if it has the rule and its first steps are ours."""
+    case.reset()
+    where = f"{peer.name}, {case.setting.name}, {case.label}"
+    try:
+        contender = peer.contend(case)
+        if contender is None:
+            return None
+        wrong = difference(expected, steps_taken(contender))
+    except Exception as error:  # whatever is wrong with a peer must not end the run
+        report.note(f"{where}: failed with {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}")
+        return None
+    if wrong is not None:
+        report.note(f"{where}: left out, it does not compute the same step (a difference of {wrong:.2g})")
+        return None
+    return contender
+
+
+def _ours(case: Case) -> Contender:
+    """The step as a function, on a bare array or a list."""
+    step: Any = getattr(fastgd, f"{case.setting.rule}_step")
+    params, grads, *states = (role[0] if case.single else role for role in (case.params, case.grads, *case.states))
+    keywords = dict(zip(case.setting.states, states, strict=True)) | dict(case.setting.hyper)
+    numbers = count(1)
+
+    def numbered() -> None:
+        step(params, grads, step=next(numbers), **keywords)
+
+    def plain() -> None:
+        step(params, grads, **keywords)
+
+    return Contender(OURS, numbered if case.setting.numbered else plain, params=lambda: case.params)
+
+
+def _as_class(case: Case, label: str = f"{OURS} class") -> Contender:
+    """The same step through the optimizer class, which has read the parameters once."""
+    (name,) = (name for name in dir(fastgd) if name.lower() == case.setting.rule)
+    optimizer = getattr(fastgd, name)(case.params, **case.setting.hyper)
+    grads = case.grads
+    return Contender(label, lambda: optimizer.step(grads), params=lambda: case.params)
+
+
+def _limit(case: Case) -> Contender:
+    """A loop that only reads the gradients, and reads and rewrites all else, threaded as a step is."""
+    from fastgd._core import stream
+
+    first, read, *others = case.flat  # parameters, gradients, states
+    writes = [first, *others]
+    return Contender(LIMIT, lambda: stream(read, writes))
+
+
+def _torch_classes(args: argparse.Namespace, case: Case) -> Iterable[Contender]:
+    """torch's own classes, for the class of ours."""
+    if args.peers is not None and not {"torch fused", "torch foreach"} & set(args.peers):
+        return
+    try:
+        import torch
+    except ImportError:
+        return
+    torch.set_num_threads(fastgd.get_num_threads())
+    for form in ("fused", "foreach"):
+        params = [torch.nn.Parameter(torch.from_numpy(p)) for p in case.params]
+        for p, g in zip(params, case.grads, strict=True):
+            p.grad = torch.from_numpy(g)
+        optimizer = torch.optim.AdamW(params, **{form: True}, **case.setting.hyper)
+        yield Contender(f"torch {form}", optimizer.step)
+
+
+def _result(case: Case, label: str, times: dict[str, list[float]]) -> Result:
+    return Result(label, case.elements, len(case.params), case.bytes, times)
+
+
+def _peers(args: argparse.Namespace, report: Report) -> Iterable[Peer]:
+    """The peers asked for that are installed; one line for each that is not."""
+    names = args.peers if args.peers is not None else [n for n in PEERS if not (args.quick and n == "torch.compile")]
+    for name in names:
+        if PEERS[name].installed:
+            yield PEERS[name]
+        else:
+            report.note(f"{name}: not installed")
+
+
+def _settings(args: argparse.Namespace) -> list[Setting]:
+    known = settings()
+    names = args.rules or (_QUICK_RULES if args.quick else known)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise Stop(f"--rules: there is no {' or '.join(unknown)}, only {', '.join(known)}")
+    return [known[name] for name in names]
+
+
+def _patience(args: argparse.Namespace) -> tuple[int, float]:
+    """The rounds and the seconds of a case."""
+    rounds = args.rounds or (5 if args.quick else 11)
+    return rounds, args.seconds or (1.0 if args.quick else 4.0)
+
+
+def _fits(needed: int, what: str, report: Report) -> bool:
+    available = available_memory()
+    if available is None or needed < available:
+        return True
+    report.note(f"{what}: left out, it needs {needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are free")
+    return False
+
+
+def _parsed(size: str) -> int:
+    match = re.fullmatch(r"(\d+) ?(Ki|Mi|Gi)?", size)
+    if match is None:
+        raise Stop(f"--sizes: expected a number such as 1000, 100Ki or 64Mi, got {size}")
+    return int(match[1]) * {None: 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}[match[2]]

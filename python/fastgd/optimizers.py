@@ -1,0 +1,608 @@
+"""The optimizer classes: torch.optim's groups and state dicts around one prepared call into the engine."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from typing import Any, ClassVar, TypeAlias
+
+import numpy as np
+
+from fastgd import arrays, coefficients, engine
+from fastgd.arrays import Array, Arrays
+
+Lr: TypeAlias = float | Callable[[int], float]
+Params: TypeAlias = Arrays | Sequence[dict[str, Any]]
+
+
+class Optimizer:
+    """What the optimizers share: groups, the step, and saving and loading.
+
+    A subclass names its rule and states and turns a group's hyperparameters into a row.
+
+    Attributes
+    ----------
+    param_groups : list of dict
+        One dict a group: ``params``, a list of its arrays, and its hyperparameters, which may be changed between
+        steps. Groups are added by `add_param_group` only.
+    defaults : dict
+        The hyperparameters of a group that does not give its own.
+    """
+
+    _rule: ClassVar[str]
+    _states: ClassVar[dict[str, str | None]]  # torch's key: the flag of the rule that calls for it, None for always
+    _engine: ClassVar[Any] = engine.active
+
+    def __init__(self, params: Params, defaults: dict[str, Any], state_dtype: Any) -> None:
+        self.defaults = defaults
+        self.param_groups: list[dict[str, Any]] = []
+        self._state_dtype = None if state_dtype is None else np.dtype(state_dtype)
+        if self._state_dtype is not None:
+            arrays.check_dtype("state_dtype", self._state_dtype)
+        self._forms: list[arrays.Form] = []  # by group
+        self._last_lr: list[Any] = []  # by group
+        self._params: list[Array] = []  # by parameter, over all groups
+        self._labels: list[str] = []
+        self._group_of: list[int] = []
+        self._state: list[dict[str, Array]] = []
+        self._prepared = self._engine.Prepared(self._rule)
+
+        if isinstance(params, (list, tuple, Mapping)) and not len(params):
+            raise ValueError(f"params: expected at least one array, got {arrays.described(params)}")
+        if isinstance(params, (list, tuple)) and isinstance(params[0], Mapping):
+            for group in params:
+                self.add_param_group(group)
+        else:
+            self._add_group({"params": params}, "params")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, for instance when layers are unfrozen.
+
+        Parameters
+        ----------
+        param_group : dict
+            ``params``, an array or a list, tuple or dict of arrays, and the hyperparameters that differ from the
+            defaults.
+        """
+        label = f"param_groups[{len(self.param_groups)}]"
+        if not isinstance(param_group, Mapping):
+            raise TypeError(f"{label}: expected a dict with the key 'params', got {arrays.described(param_group)}")
+        if "params" not in param_group:
+            raise ValueError(f"{label}: expected the key 'params', got {list(param_group)}")
+        self._add_group(param_group, f"{label}['params']")
+
+    def step(self, grads: Any) -> None:
+        """Update every parameter that has a gradient, and its state, in place.
+
+        Parameters
+        ----------
+        grads : array, list, tuple or dict of arrays
+            In the form of the parameters; with several groups a list of one entry a group, or one flat list. None
+            skips a parameter: neither it, nor its state, nor its step count moves.
+
+        Raises
+        ------
+        TypeError
+            Not an array, or an unsupported dtype.
+        ValueError
+            Shapes, lengths or forms that differ, gradients that overlap parameters or state, a hyperparameter out of
+            range. Nothing has changed then.
+        """
+        if not self._prepared.step(grads, self._row, self._initialise, False):
+            self._check_and_step(grads)
+
+    @property
+    def state(self) -> dict[int, dict[str, Array]]:
+        """State of each parameter that has stepped, by its index over all groups.
+
+        The arrays are the live ones, under torch's names; ``step`` is a 0-d int64 copy of the count.
+        """
+        return {i: {"step": np.array(n, np.int64), **self._state[i]} for i, n in enumerate(self._prepared.steps) if n}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resume needs, in torch's layout.
+
+        Returns
+        -------
+        dict
+            ``state``: as the property, by index, arrays not copied. ``param_groups``: the groups, with the indices of
+            their parameters as ``params``; for a callable ``lr`` the last value it gave.
+        """
+        groups = []
+        first = 0
+        for index, group in enumerate(self.param_groups):
+            saved = {key: value for key, value in group.items() if key != "params"}
+            if callable(saved["lr"]):
+                last = self._last_lr[index]
+                saved["lr"] = float(saved["lr"](1) if last is None else last)
+            saved["params"] = list(range(first, first + len(group["params"])))
+            first += len(group["params"])
+            groups.append(saved)
+        return {"state": self.state, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was called, to the bit.
+
+        Parameters
+        ----------
+        state_dict : dict
+            From `state_dict` of this class or of torch's class of the same name. Arrays are copied and keep the dtype
+            they were saved with. A group with a callable ``lr`` keeps it.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Groups or shapes that differ, missing or unknown keys, unsupported dtypes, a step count that is no
+            integer, a hyperparameter out of range. Nothing has changed then.
+        """
+        for key, kind in (("state", Mapping), ("param_groups", (list, tuple))):
+            if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get(key), kind):
+                raise ValueError(
+                    f"state_dict: expected a dict of a dict 'state' and a list 'param_groups', no {key!r} came"
+                )
+        saved_groups = state_dict["param_groups"]
+        if len(saved_groups) != len(self.param_groups):
+            raise ValueError(
+                f"state_dict['param_groups']: expected {len(self.param_groups)} groups, got {len(saved_groups)}"
+            )
+        groups: list[dict[str, Any]] = []
+        index_of: dict[Any, int] = {}
+        for i, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
+            label = f"state_dict['param_groups'][{i}]"
+            if not isinstance(saved, Mapping) or not isinstance(saved.get("params"), (list, tuple)):
+                raise ValueError(f"{label}: expected a dict with a list 'params', got {saved!r}")
+            if len(saved["params"]) != len(group["params"]):
+                raise ValueError(
+                    f"{label}['params']: expected {len(group['params'])} parameters, got {len(saved['params'])}"
+                )
+            for key in saved["params"]:
+                if key in index_of:
+                    raise ValueError(f"{label}['params']: expected each index once, got {key!r} twice")
+                index_of[key] = len(index_of)
+            new = {**group, **deepcopy({k: v for k, v in saved.items() if k != "params"})}
+            self._check_group(new)
+            if callable(group["lr"]):
+                new["lr"] = group["lr"]
+            groups.append(new)
+
+        steps = [0] * len(self._params)
+        states: list[dict[str, Array]] = [{} for _ in self._params]
+        for key, entry in state_dict["state"].items():
+            label = f"state_dict['state'][{key!r}]"
+            if key not in index_of:
+                raise ValueError(f"{label}: expected the index of a parameter in 'param_groups'")
+            i = index_of[key]
+            variant = self._row_of(groups[self._group_of[i]], 1, 0.0)[0]
+            steps[i], states[i] = self._read_state(label, entry, self._params[i], self._keys(variant))
+
+        for i, group in enumerate(self.param_groups):
+            self._last_lr[i] = saved_groups[i].get("lr")
+            group.update(groups[i])
+        self._state[:] = states
+        for i, n in enumerate(steps):
+            self._prepared.reset(i)
+            self._prepared.set_step(i, n)
+
+    def __repr__(self) -> str:
+        lines = [type(self).__name__ + " ("]
+        for i, group in enumerate(self.param_groups):
+            lines.append(f"Parameter Group {i}")
+            lines += [f"    {key}: {group[key]}" for key in sorted(group) if key != "params"]
+        return "\n".join(lines) + "\n)"
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["_prepared"] = self._prepared.steps
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._params = [np.asarray(p) for group in self.param_groups for p in group["params"]]
+        self._prepared = self._engine.Prepared(self._rule)
+        for i, p in enumerate(self._params):
+            self._prepared.add(self._group_of[i], [p])
+            self._prepared.set_step(i, state["_prepared"][i])
+
+    def _row_of(self, group: Mapping[str, Any], step: int, lr: Any) -> coefficients.Row:
+        """The row of a group's hyperparameters, with ``lr`` called already."""
+        raise NotImplementedError
+
+    def _fill(self, group: Mapping[str, Any]) -> float:
+        """What a new state is filled with."""
+        return 0.0
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        """Check hyperparameters by making a row of them; what a callable ``lr`` gives is checked in the step."""
+        self._row_of(group, 1, 0.0 if callable(group["lr"]) else group["lr"])
+
+    def _row(self, index: int, step: int) -> coefficients.Row:
+        """The row of a group for one step count: called by the engine, in a step, before anything is written."""
+        group = self.param_groups[index]
+        lr = group["lr"]
+        if callable(lr):
+            lr = self._last_lr[index] = lr(step)
+        return self._row_of(group, step, lr)
+
+    def _initialise(self, index: int, variant: int) -> tuple[Array, ...]:
+        """The states of a parameter: called by the engine where it has none, or another number of them."""
+        state = self._state[index]
+        keys = self._keys(variant)
+        for key in keys:
+            if key not in state:
+                dtype = self._state_dtype or self._params[index].dtype
+                fill = self._fill(self.param_groups[self._group_of[index]])
+                state[key] = np.full_like(self._params[index], fill, dtype=dtype, subok=False)
+        return tuple(state[key] for key in keys)
+
+    def _keys(self, variant: int) -> list[str]:
+        """The states that a variant of the rule needs, in the rule's order."""
+        flags = self._engine.RULES[self._rule]["flags"]
+        return [key for key, flag in self._states.items() if flag is None or variant >> flags.index(flag) & 1]
+
+    def _read_state(self, label: str, saved: Any, param: Array, needed: Sequence[str]) -> tuple[int, dict[str, Array]]:
+        """Step count and states of one parameter from a state dict."""
+        if not isinstance(saved, Mapping):
+            raise TypeError(f"{label}: expected a dict, got {arrays.described(saved)}")
+        unknown = [key for key in saved if key != "step" and key not in self._states]
+        if unknown:
+            raise ValueError(f"{label}: expected no keys but 'step' and {list(self._states)}, got {unknown[0]!r}")
+        states = {}
+        for key in self._states:
+            value = saved.get(key)
+            if value is None:  # as torch's SGD saves a buffer that it does not use
+                continue
+            if not isinstance(value, np.ndarray) and hasattr(value, "__array__"):  # a tensor, from torch's dict
+                value = np.asarray(value)
+            a = arrays.check_array(f"{label}[{key!r}]", value)
+            if a.shape != param.shape:
+                raise ValueError(f"{label}[{key!r}]: expected shape {param.shape}, got {a.shape}")
+            states[key] = np.empty_like(param, dtype=a.dtype, subok=False)  # in the parameter's layout
+            states[key][...] = a
+        if "step" in saved:
+            step = _read_step(f"{label}['step']", saved["step"])
+        elif self._rule == "sgd":  # torch's SGD counts no steps: with a buffer the next is not the first
+            step = 1 if states else 0
+        else:
+            raise ValueError(f"{label}: missing key 'step'")
+        missing = [key for key in needed if key not in states]
+        if step and missing:
+            raise ValueError(f"{label}: missing key {missing[0]!r}")
+        return step, states
+
+    def _add_group(self, group: Mapping[str, Any], label: str) -> None:
+        new = {**group, **{key: value for key, value in self.defaults.items() if key not in group}}
+        form = arrays.Form(group["params"])
+        labels = form.labels(label)
+        given = form.flatten(label, group["params"])
+        params = arrays.check_params(labels, given)
+        arrays.check_memory([*zip(self._labels, self._params, strict=True), *zip(labels, params, strict=True)], [])
+        self._check_group(new)
+        new["params"] = given
+        index = len(self.param_groups)
+        self._prepared.add(index, params)
+        self.param_groups.append(new)
+        self._forms.append(form)
+        self._last_lr.append(None)
+        self._params += params
+        self._labels += labels
+        self._group_of += [index] * len(params)
+        self._state += [{} for _ in params]
+
+    def _check_and_step(self, grads: Any) -> None:
+        """What the engine did not take as it came: raise what is wrong with it, or step it as a plain list."""
+        labels, flat = self._flatten(grads)
+        checked = arrays.check_grads(labels, self._params, flat)
+        # Parameters and states again: their owner may have made one read-only since, or changed its shape.
+        written = list(zip(self._labels, arrays.check_params(self._labels, self._params), strict=True))
+        for i, (param, state) in enumerate(zip(self._params, self._state, strict=True)):
+            labelled = [(f"state[{i}][{key!r}]", a) for key, a in state.items()]
+            written += [(label, arrays.check_state(label, param, a)) for label, a in labelled]
+        arrays.check_memory(written, [(label, g) for label, g in zip(labels, checked, strict=True) if g is not None])
+        if not self._prepared.step(checked, self._row, self._initialise, True):
+            raise RuntimeError(f"{self._rule}: the engine refused gradients that were checked; please report this")
+
+    def _flatten(self, grads: Any) -> tuple[list[str], list[Any]]:
+        """Labels and entries of the gradients, over all groups."""
+        listed = isinstance(grads, (list, tuple))
+        if listed and any(isinstance(entry, (list, tuple, Mapping)) for entry in grads):  # an entry a group
+            if len(grads) != len(self._forms):
+                raise ValueError(f"grads: expected {len(self._forms)} entries, one a group, got {len(grads)}")
+            labels, flat = [], []
+            for i, (form, entry) in enumerate(zip(self._forms, grads, strict=True)):
+                labels += form.labels(f"grads[{i}]")
+                flat += form.flatten(f"grads[{i}]", entry, f"params of group {i}")
+            return labels, flat
+        form = self._forms[0]
+        if listed or len(self._forms) > 1 or (form.kind == "list" and len(self._params) > 1):
+            form = arrays.Form(self._params)
+        elif not isinstance(grads, Mapping) and len(self._params) == 1:
+            form = arrays.Form(grads)
+        return form.labels("grads"), form.flatten("grads", grads)
+
+
+class SGD(Optimizer):
+    """Gradient descent with momentum; see `sgd_step` for the formula.
+
+    Parameters
+    ----------
+    params : array, list, tuple or dict of arrays, or list of dict
+        What to optimize; dicts are groups with ``params`` and hyperparameters of their own.
+    lr : float or callable
+        Learning rate, or a function from the 1-based step to it.
+    momentum, dampening, weight_decay, nesterov, maximize
+        As in `sgd_step`.
+    state_dtype : dtype, optional
+        dtype of the state; by default its parameter's.
+    """
+
+    _rule = "sgd"
+    _states: ClassVar = {"momentum_buffer": "momentum"}
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Lr,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        state_dtype: Any = None,
+    ) -> None:
+        defaults = dict(
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            maximize=maximize,
+        )
+        super().__init__(params, defaults, state_dtype)
+
+    def _row_of(self, group: Mapping[str, Any], step: int, lr: Any) -> coefficients.Row:
+        return coefficients.sgd(
+            step,
+            lr,
+            group["momentum"],
+            group["dampening"],
+            group["weight_decay"],
+            group["nesterov"],
+            group["maximize"],
+        )
+
+
+class Adam(Optimizer):
+    """Adam and AMSGrad; see `adam_step` for the formula.
+
+    Parameters
+    ----------
+    params : array, list, tuple or dict of arrays, or list of dict
+        What to optimize; dicts are groups with ``params`` and hyperparameters of their own.
+    lr : float or callable
+        Learning rate, or a function from the 1-based step to it.
+    betas, eps, weight_decay, maximize
+        As in `adam_step`.
+    amsgrad : bool
+        Divide by the largest average of squares so far.
+    state_dtype : dtype, optional
+        dtype of the state; by default its parameter's.
+    """
+
+    _rule = "adam"
+    _states: ClassVar = {"exp_avg": None, "exp_avg_sq": None, "max_exp_avg_sq": "amsgrad"}
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Lr = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        state_dtype: Any = None,
+    ) -> None:
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize)
+        super().__init__(params, defaults, state_dtype)
+
+    def _row_of(self, group: Mapping[str, Any], step: int, lr: Any) -> coefficients.Row:
+        return coefficients.adam(
+            step, lr, group["betas"], group["eps"], group["weight_decay"], group["amsgrad"], group["maximize"]
+        )
+
+
+class AdamW(Optimizer):
+    """AdamW: Adam with decoupled decay; see `adamw_step` for the formula.
+
+    Parameters
+    ----------
+    params : array, list, tuple or dict of arrays, or list of dict
+        What to optimize; dicts are groups with ``params`` and hyperparameters of their own.
+    lr : float or callable
+        Learning rate, or a function from the 1-based step to it.
+    betas, eps, weight_decay, maximize
+        As in `adamw_step`.
+    amsgrad : bool
+        Divide by the largest average of squares so far.
+    state_dtype : dtype, optional
+        dtype of the state; by default its parameter's.
+    """
+
+    _rule = "adamw"
+    _states: ClassVar = {"exp_avg": None, "exp_avg_sq": None, "max_exp_avg_sq": "amsgrad"}
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Lr = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        state_dtype: Any = None,
+    ) -> None:
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize)
+        super().__init__(params, defaults, state_dtype)
+
+    def _row_of(self, group: Mapping[str, Any], step: int, lr: Any) -> coefficients.Row:
+        return coefficients.adamw(
+            step, lr, group["betas"], group["eps"], group["weight_decay"], group["amsgrad"], group["maximize"]
+        )
+
+
+class Adagrad(Optimizer):
+    """Adagrad; see `adagrad_step` for the formula.
+
+    Parameters
+    ----------
+    params : array, list, tuple or dict of arrays, or list of dict
+        What to optimize; dicts are groups with ``params`` and hyperparameters of their own.
+    lr : float or callable
+        Learning rate, or a function from the 1-based step to it.
+    lr_decay, weight_decay, eps, maximize
+        As in `adagrad_step`.
+    initial_accumulator_value : float
+        What the sums of squares start from, >= 0.
+    state_dtype : dtype, optional
+        dtype of the state; by default its parameter's.
+    """
+
+    _rule = "adagrad"
+    _states: ClassVar = {"sum": None}
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Lr = 1e-2,
+        lr_decay: float = 0.0,
+        weight_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: float = 1e-10,
+        *,
+        maximize: bool = False,
+        state_dtype: Any = None,
+    ) -> None:
+        defaults = dict(
+            lr=lr,
+            lr_decay=lr_decay,
+            weight_decay=weight_decay,
+            initial_accumulator_value=initial_accumulator_value,
+            eps=eps,
+            maximize=maximize,
+        )
+        super().__init__(params, defaults, state_dtype)
+
+    def _row_of(self, group: Mapping[str, Any], step: int, lr: Any) -> coefficients.Row:
+        return coefficients.adagrad(step, lr, group["lr_decay"], group["weight_decay"], group["eps"], group["maximize"])
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        super()._check_group(group)
+        self._fill(group)
+
+    def _fill(self, group: Mapping[str, Any]) -> float:
+        return coefficients.non_negative("initial_accumulator_value", group["initial_accumulator_value"])
+
+
+class RMSprop(Optimizer):
+    """RMSprop, plain or centred, with or without momentum; see `rmsprop_step` for the formula.
+
+    Parameters
+    ----------
+    params : array, list, tuple or dict of arrays, or list of dict
+        What to optimize; dicts are groups with ``params`` and hyperparameters of their own.
+    lr : float or callable
+        Learning rate, or a function from the 1-based step to it.
+    alpha, eps, weight_decay, momentum, centered, maximize
+        As in `rmsprop_step`.
+    state_dtype : dtype, optional
+        dtype of the state; by default its parameter's.
+    """
+
+    _rule = "rmsprop"
+    _states: ClassVar = {"square_avg": None, "grad_avg": "centered", "momentum_buffer": "momentum"}
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Lr = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        centered: bool = False,
+        *,
+        maximize: bool = False,
+        state_dtype: Any = None,
+    ) -> None:
+        defaults = dict(
+            lr=lr,
+            alpha=alpha,
+            eps=eps,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            centered=centered,
+            maximize=maximize,
+        )
+        super().__init__(params, defaults, state_dtype)
+
+    def _row_of(self, group: Mapping[str, Any], step: int, lr: Any) -> coefficients.Row:
+        return coefficients.rmsprop(
+            lr,
+            group["alpha"],
+            group["eps"],
+            group["weight_decay"],
+            group["momentum"],
+            group["centered"],
+            group["maximize"],
+        )
+
+
+class Lion(Optimizer):
+    """Lion; see `lion_step` for the formula.
+
+    Parameters
+    ----------
+    params : array, list, tuple or dict of arrays, or list of dict
+        What to optimize; dicts are groups with ``params`` and hyperparameters of their own.
+    lr : float or callable
+        Learning rate, or a function from the 1-based step to it.
+    betas, weight_decay, maximize
+        As in `lion_step`.
+    state_dtype : dtype, optional
+        dtype of the state; by default its parameter's.
+    """
+
+    _rule = "lion"
+    _states: ClassVar = {"exp_avg": None}
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Lr = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        state_dtype: Any = None,
+    ) -> None:
+        defaults = dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize)
+        super().__init__(params, defaults, state_dtype)
+
+    def _row_of(self, group: Mapping[str, Any], step: int, lr: Any) -> coefficients.Row:
+        return coefficients.lion(lr, group["betas"], group["weight_decay"], group["maximize"])
+
+
+def _read_step(label: str, value: Any) -> int:
+    """A step count, which torch saves as a 0-d float tensor."""
+    number = coefficients.non_negative(label, value)
+    if number != int(number) or number >= 2.0**63:
+        raise ValueError(f"{label}: expected an integer below 2**63, got {number!r}")
+    try:
+        return operator.index(value)  # exact beyond 2**53 too
+    except TypeError:
+        return int(number)

@@ -1,0 +1,119 @@
+"""The twin of the compiled module: the same contract, in NumPy alone, for reading and for checking against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from fastgd.reference import adagrad, adam, adamw, lion, rmsprop, sgd
+from fastgd.reference.round import rounded
+
+_rules: dict[str, ModuleType] = {
+    "sgd": sgd,
+    "adam": adam,
+    "adamw": adamw,
+    "adagrad": adagrad,
+    "rmsprop": rmsprop,
+    "lion": lion,
+}
+
+RULES: dict[str, dict[str, Any]] = {
+    name: {"flags": rule.Flags._fields, "coefficients": len(rule.Coefficients._fields)} for name, rule in _rules.items()
+}
+
+
+def step(
+    rule: str,
+    rows: Sequence[tuple[Any, ...]],
+    row_of: Sequence[int] | None,
+    params: Any,
+    grads: Any,
+    states: tuple[Any, ...],
+    checked: bool,
+) -> bool:
+    """One step over arrays that ``fastgd.arrays`` has checked and flattened; unchecked arrays are sent there."""
+    if not checked:
+        return False
+    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+        if g is not None:
+            row = rows[0 if row_of is None else row_of[i]]
+            _update(rule, row, p, g, [state[i] for state in states])
+    return True
+
+
+def _update(rule: str, row: tuple[Any, ...], p: Any, g: Any, states: Sequence[Any]) -> None:
+    """Update one parameter and its states in place."""
+    module = _rules[rule]
+    variant, *numbers = row
+    flags = module.Flags(*(bool(variant >> bit & 1) for bit in range(len(module.Flags._fields))))
+    compute = np.float64 if p.dtype == np.float64 else np.float32
+    with np.errstate(all="ignore"):
+        sign, *coefficients = (compute(number) for number in numbers)
+        wide = (a.astype(compute, copy=False) for a in states)
+        new = module.update(
+            flags, module.Coefficients(*coefficients), p.astype(compute), sign * g.astype(compute), *wide
+        )
+        for array, value in zip((p, *states), new, strict=True):
+            array[...] = rounded(value, array.dtype)
+
+
+class Prepared:
+    """The parameters of an optimizer with their step counts. Unlike the compiled one it asks for states each time."""
+
+    def __init__(self, rule: str) -> None:
+        self._rule = rule
+        self._params: list[Any] = []
+        self._groups: list[int] = []
+        self._steps: list[int] = []
+
+    def add(self, group: int, params: Sequence[Any]) -> None:
+        self._params += params
+        self._groups += [group] * len(params)
+        self._steps += [0] * len(params)
+
+    def step(
+        self,
+        grads: Any,
+        coefficients: Callable[[int, int], tuple[Any, ...]],
+        initialise: Callable[[int, int], tuple[Any, ...]],
+        checked: bool,
+    ) -> bool:
+        if not checked:
+            return False
+        stepping = [i for i, g in enumerate(grads) if g is not None]
+        keys = {i: (self._groups[i], self._steps[i] + 1) for i in stepping}
+        rows = {key: coefficients(*key) for key in dict.fromkeys(keys.values())}
+        states = {i: initialise(i, rows[keys[i]][0]) for i in stepping}
+        for i in stepping:
+            _update(self._rule, rows[keys[i]], self._params[i], grads[i], states[i])
+            self._steps[i] += 1
+        return True
+
+    @property
+    def steps(self) -> list[int]:
+        return list(self._steps)
+
+    def set_step(self, index: int, n: int) -> None:
+        self._steps[index] = n
+
+    def reset(self, index: int) -> None:
+        """Forget the states of a parameter: none are kept here."""
+
+
+def isa() -> str:
+    return "reference"
+
+
+def available_isas() -> list[str]:
+    return ["reference"]
+
+
+def get_num_threads() -> int:
+    return 1
+
+
+def set_num_threads(n: int) -> None:
+    """Nothing to set: NumPy's loops run on the calling thread."""
