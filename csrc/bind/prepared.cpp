@@ -31,7 +31,7 @@ class Prepared {
     bool step(py::handle grads, py::handle coefficients, py::handle initialise, bool checked) {
         Exclusive alone(*this);
         const Items g(grads);
-        if (g.size() != Py_ssize_t(entries.size())) return false;
+        if (g.named() || g.size() != Py_ssize_t(entries.size())) return false;
 
         std::map<std::pair<int, int64_t>, Row> rows;  // nodes stay where they are: jobs point to them
         std::pair<int, int64_t> last{-1, -1};
@@ -62,6 +62,7 @@ class Prepared {
                 const Items made(initialise(i, row->variant));
                 if (made.size() != states) throw py::value_error("initialise: not as many states as the rule has");
                 for (int k = 0; k < states; ++k) entry.states.push_back(py::reinterpret_borrow<py::object>(made[k]));
+                entry.variant = row->variant;
                 stale = true;
             }
             for (int k = 0; k < states; ++k) {

@@ -7,9 +7,25 @@ namespace py = pybind11;
 
 namespace fastgd {
 
-Items::Items(py::handle x) : many_(PyList_Check(x.ptr()) || PyTuple_Check(x.ptr())) {
-    held = many_ ? py::reinterpret_steal<py::object>(PySequence_Tuple(x.ptr())) : py::reinterpret_borrow<py::object>(x);
-    if (!held) throw py::error_already_set();
+Items::Items(py::handle x) : many(true) {
+    auto owned = [](PyObject* object) {
+        if (!object) throw py::error_already_set();
+        return py::reinterpret_steal<py::object>(object);
+    };
+    if (PyDict_CheckExact(x.ptr())) {
+        keys = owned(PyDict_Keys(x.ptr()));
+        held = owned(PySequence_Tuple(owned(PyDict_Values(x.ptr())).ptr()));
+    } else if (PyList_Check(x.ptr()) || PyTuple_Check(x.ptr())) {
+        held = owned(PySequence_Tuple(x.ptr()));
+    } else {
+        held = py::reinterpret_borrow<py::object>(x);
+        many = false;
+    }
+}
+
+bool Items::alike(const Items& other) const {
+    if (many != other.many || size() != other.size() || !keys != !other.keys) return false;
+    return !keys || keys.equal(other.keys);
 }
 
 void run_jobs(const std::vector<Job>& jobs) {
@@ -33,12 +49,11 @@ bool step(py::handle name, py::handle rows, py::handle row_of, py::handle params
     const int count = int(s.size()), operands = 2 + count;
     if (count != registry()[id].states[table[0].variant]) throw py::value_error("states: not as many as the rule has");
 
-    auto alike = [&](const Items& x) { return x.many() == p.many() && x.size() == p.size(); };
-    if (!alike(g)) return false;
+    if (!g.alike(p)) return false;
     std::vector<Items> state;
     state.reserve(count);
     for (int k = 0; k < count; ++k)
-        if (!alike(state.emplace_back(py::handle(s[k])))) return false;
+        if (!state.emplace_back(py::handle(s[k])).alike(p)) return false;
 
     std::vector<Job> jobs;
     std::vector<std::vector<int64_t>> storage;

@@ -10,17 +10,19 @@ namespace fastgd {
 void register_step(pybind11::module_& m);
 void register_prepared(pybind11::module_& m);
 
-// What stands for one role of a call: a list or tuple of arrays, or one array alone. Owns a snapshot of the list.
+// What stands for one role of a call: a list or tuple of arrays, a dict of them, or one array alone. Owns a snapshot.
 class Items {
   public:
     explicit Items(pybind11::handle x);
-    bool many() const { return many_; }
-    Py_ssize_t size() const { return many_ ? PyTuple_GET_SIZE(held.ptr()) : 1; }
-    PyObject* operator[](Py_ssize_t i) const { return many_ ? PyTuple_GET_ITEM(held.ptr(), i) : held.ptr(); }
+    // The same form, length and keys, these in the same order.
+    bool alike(const Items& other) const;
+    bool named() const { return bool(keys); }
+    Py_ssize_t size() const { return many ? PyTuple_GET_SIZE(held.ptr()) : 1; }
+    PyObject* operator[](Py_ssize_t i) const { return many ? PyTuple_GET_ITEM(held.ptr(), i) : held.ptr(); }
 
   private:
-    pybind11::object held;
-    bool many_;
+    pybind11::object held, keys;
+    bool many;
 };
 
 // Runs the jobs, without the GIL where that takes long enough to matter.

@@ -89,6 +89,8 @@ class Optimizer:
             Shapes, lengths or forms that differ, gradients that overlap parameters or state, a hyperparameter out of
             range. Nothing has changed then.
         """
+        if type(grads) is dict and len(self._forms) == 1 and list(grads) == self._forms[0].keys:
+            grads = list(grads.values())
         if not self._prepared.step(grads, self._row, self._initialise, False):
             self._check_and_step(grads)
 

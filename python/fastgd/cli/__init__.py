@@ -13,8 +13,7 @@ COMMANDS = {"demo": demo, "info": info, "bench": bench}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """
-    Run one command.
+    """Run one command.
 
     Parameters
     ----------

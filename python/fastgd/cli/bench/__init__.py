@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import fastgd
 from fastgd.cli.bench import core
-from fastgd.cli.bench.case import workloads
+from fastgd.cli.bench.case import settings, workloads
 from fastgd.cli.bench.machine import described
 from fastgd.cli.bench.peers import PEERS
 from fastgd.cli.bench.report import Report
@@ -25,11 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rules", nargs="+", metavar="NAME", help="only these rules (momentum, nesterov: variants of sgd)"
     )
-    parser.add_argument("--sizes", nargs="+", metavar="N", help="elements of the single arrays: 1000, 100Ki, 64Mi")
+    parser.add_argument("--sizes", nargs="+", type=size, metavar="N", help="of the single arrays: 1000, 100Ki, 64Mi")
     parser.add_argument("--lists", nargs="+", choices=workloads(), metavar="MODEL", help=", ".join(workloads()))
     parser.add_argument("--peers", nargs="*", choices=PEERS, metavar="NAME", help=", ".join(map(repr, PEERS)))
-    parser.add_argument("--rounds", type=int, metavar="N", help="rounds of a case (at least 3 are timed)")
-    parser.add_argument("--seconds", type=float, metavar="S", help="after so long a case begins no further round")
+    parser.add_argument("--rounds", type=int, metavar="N", help="rounds of a case at most")
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help="after S seconds and 3 rounds a case begins no other"
+    )
     parser.add_argument("--quick", action="store_true", help="few rules, small arrays, no compiler: half a minute")
     parser.add_argument("--thorough", action="store_true", help="also what takes a peer minutes to compile")
     parser.add_argument("--huge", action="store_true", help="up to 1 Gi elements wherever they fit into memory at all")
@@ -37,10 +41,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="PATH", help="save the roofline: bytes per second by size")
 
 
+def size(text: str) -> int:
+    """Read a number of elements such as 1000, 100Ki or 64Mi."""
+    match = re.fullmatch(r"(\d+) ?(Ki|Mi|Gi)?", text)
+    if match is None or int(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"expected a number such as 1000, 100Ki or 64Mi, got {text!r}")
+    return int(match[1]) * {None: 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}[match[2]]
+
+
 def run(args: argparse.Namespace) -> int:
     """Measure, print the tables, and save what was asked for."""
     if fastgd.config()["isa"] == "reference":
         raise Stop("the compiled module is missing here; the NumPy twin is there to check bits, not to be timed")
+    unknown = [name for name in args.rules or () if name not in settings()]
+    if unknown:
+        raise Stop(f"--rules: there is no {' or '.join(unknown)}, only {', '.join(settings())}")
+    if args.plot is not None and find_spec("matplotlib") is None:
+        raise Stop('--plot needs matplotlib: pip install "fastgd[demo]"')
     for path in (args.json, args.plot):
         if path is not None and not path.absolute().parent.is_dir():
             raise Stop(f"cannot save {path}: no such folder")

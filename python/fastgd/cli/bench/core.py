@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable, Iterable
 from itertools import count
 from math import prod
@@ -17,11 +16,11 @@ from fastgd.cli.bench.machine import available_memory
 from fastgd.cli.bench.measure import LIMIT, OURS, Contender, Result, compete, difference, steps_taken
 from fastgd.cli.bench.peers import PEERS, Peer
 from fastgd.cli.bench.report import Report, Section, elements_in_words
-from fastgd.cli.stop import Stop
 
-_SIZES = ["1", "1Ki", "100Ki", "1Mi", "64Mi"]
+_KI, _MI = 2**10, 2**20
+_SIZES = [1, _KI, 100 * _KI, _MI, 64 * _MI]
 _LISTS = ["yolo26n", "resnet50", "gpt2-small"]
-_QUICK_SIZES = ["1", "1Ki", "100Ki", "1Mi"]
+_QUICK_SIZES = _SIZES[:-1]
 _QUICK_LISTS = ["mlp-mnist", "yolo26n"]
 _QUICK_RULES = ["sgd", "nesterov", "adamw"]
 
@@ -37,9 +36,8 @@ def run(args: argparse.Namespace, report: Report) -> None:
 
 def sizes(args: argparse.Namespace, report: Report) -> None:
     """Every rule on one array, from one element to far beyond the caches."""
-    for size in args.sizes or (_QUICK_SIZES if args.quick else _SIZES):
-        n = _parsed(size)
-        if not _fits(n * 4 * _COPIES, f"one array of {size}", report):
+    for n in args.sizes or (_QUICK_SIZES if args.quick else _SIZES):
+        if not _fits(n * 4 * _COPIES, f"one array of {elements_in_words(n)}", report):
             continue
         memory = Memory(elements_in_words(n), [(n,)], single=True)
         section = report.begin("size", f"One array: {elements_in_words(n)}, float32")
@@ -84,9 +82,8 @@ def bfloat16(args: argparse.Namespace, report: Report) -> None:
         report.note("bfloat16: not measured, for NumPy has it from ml_dtypes, which is not installed")
         return
     section = report.begin("bfloat16", "AdamW, bfloat16 parameters and gradients, float32 state")
-    for size in ["1Mi"] if args.quick else ["1Mi", "64Mi"]:
-        n = _parsed(size)
-        if not _fits(n * 20, f"bfloat16, {size}", report):
+    for n in [_MI] if args.quick else [_MI, 64 * _MI]:
+        if not _fits(n * 20, f"bfloat16, {elements_in_words(n)}", report):
             continue
         case = Memory(elements_in_words(n), [(n,)], single=True).case(settings()["adamw"])
         case.reset()
@@ -101,9 +98,8 @@ def growth(args: argparse.Namespace, report: Report) -> None:
     """The cost of an element, from a million of them to a billion: no step, no cliff."""
     section = report.begin("growth", "Cost of an element, SGD, float32")
     setting = settings()["sgd"]
-    for size in ["1Mi", "4Mi", "16Mi"] if args.quick else ["1Mi", "4Mi", "16Mi", "64Mi", "256Mi", "1Gi"]:
-        n = _parsed(size)
-        if not _fits(n * 8 if args.huge else n * 16, f"SGD on {size}", report):
+    for n in [4**i * _MI for i in range(3 if args.quick else 6)]:
+        if not _fits(n * 8 if args.huge else n * 16, f"SGD on {elements_in_words(n)}", report):
             continue
         case = Memory(elements_in_words(n), [(n,)], single=True, roles=2).case(setting)
         case.reset()
@@ -226,12 +222,7 @@ def _peers(args: argparse.Namespace, report: Report) -> Iterable[Peer]:
 
 
 def _settings(args: argparse.Namespace) -> list[Setting]:
-    known = settings()
-    names = args.rules or (_QUICK_RULES if args.quick else known)
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise Stop(f"--rules: there is no {' or '.join(unknown)}, only {', '.join(known)}")
-    return [known[name] for name in names]
+    return [settings()[name] for name in args.rules or (_QUICK_RULES if args.quick else settings())]
 
 
 def _patience(args: argparse.Namespace) -> tuple[int, float]:
@@ -246,10 +237,3 @@ def _fits(needed: int, what: str, report: Report) -> bool:
         return True
     report.note(f"{what}: left out, it needs {needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are free")
     return False
-
-
-def _parsed(size: str) -> int:
-    match = re.fullmatch(r"(\d+) ?(Ki|Mi|Gi)?", size)
-    if match is None:
-        raise Stop(f"--sizes: expected a number such as 1000, 100Ki or 64Mi, got {size}")
-    return int(match[1]) * {None: 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}[match[2]]

@@ -96,8 +96,7 @@ def _sample(param: Array) -> Array:
 
 
 def compete(contenders: Sequence[Contender], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """
-    Time every contender once a round, in an order that rotates and turns round.
+    """Time every contender once a round, in an order that rotates and turns round.
 
     Parameters
     ----------

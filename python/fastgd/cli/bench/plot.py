@@ -12,8 +12,7 @@ from fastgd.cli.stop import Stop
 
 
 def save_roofline(report: Report, path: Path) -> None:
-    """
-    Draw bytes per second over the number of elements, one panel a rule.
+    """Draw bytes per second over the number of elements, one panel a rule.
 
     Parameters
     ----------
@@ -22,11 +21,8 @@ def save_roofline(report: Report, path: Path) -> None:
     path : Path
         Where to save the picture.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise Stop('--plot needs matplotlib: pip install "fastgd[demo]"') from None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     rules: dict[str, list[Result]] = {}
     for section in report.sections:
