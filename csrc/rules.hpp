@@ -20,7 +20,9 @@ namespace FASTGD_UNIT {
 
 // Rule with its flags set from the bits of `mask`.
 template <template <bool...> class Rule, int flags, int mask> struct variant;
-template <template <bool...> class Rule, int mask> struct variant<Rule, 0, mask> { using type = Rule<>; };
+template <template <bool...> class Rule, int mask> struct variant<Rule, 0, mask> {
+    using type = Rule<>;
+};
 template <template <bool...> class Rule, int mask> struct variant<Rule, 1, mask> {
     using type = Rule<(mask & 1) != 0>;
 };

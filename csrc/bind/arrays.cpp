@@ -36,6 +36,28 @@ bool dtype_of(PyObject* descr, Dtype& dtype) {
     }
 }
 
+// Brings the views to the fewest dimensions in common.
+void arrange(Operand* operand, const View* views, int operands, bool free_order, Storage& storage) {
+    Layout layout;
+    layout.ndim = views[0].ndim;
+    char* data[max_operands];
+    for (int d = 0; d < layout.ndim; ++d) layout.shape[d] = views[0].shape[d];
+    for (int k = 0; k < operands; ++k) {
+        data[k] = views[k].data;
+        for (int d = 0; d < layout.ndim; ++d) layout.strides[k][d] = views[k].strides[d];
+    }
+    layout.simplify(operands, data, free_order);
+    storage.emplace_back(layout.shape, layout.shape + layout.ndim);
+    const int64_t* shape = storage.back().data();
+    for (int k = 0; k < operands; ++k) {
+        const int64_t size = itemsize(views[k].dtype);
+        operand[k] = {data[k], views[k].dtype, 0, nullptr, nullptr};
+        if (layout.dense(k, size) && reinterpret_cast<uintptr_t>(data[k]) % size == 0) continue;
+        storage.emplace_back(layout.strides[k], layout.strides[k] + layout.ndim);
+        operand[k] = {data[k], views[k].dtype, layout.ndim, shape, storage.back().data()};
+    }
+}
+
 }  // namespace
 
 int64_t View::size() const {
@@ -102,36 +124,19 @@ bool injective(const View& view) {
     return true;
 }
 
-Job describe(RuleId rule, const Row& row, const View* views, int operands, std::vector<std::vector<int64_t>>& storage) {
-    Job job{views[0].size(), rule, &row, compute_of(views[0].dtype), operands, 0, nullptr, {}};
-    bool c = true, f = true, aligned = true;
+Job describe(RuleId rule, const Row& row, const View* views, int operands, const OnePass& ask, Storage& storage) {
+    Job job{views[0].size(), rule, &row, compute_of(views[0].dtype), operands, {}, {}};
+    bool c = true, f = !ask.stats, aligned = true;
     for (int k = 0; k < operands; ++k) {
-        job.operand[k] = {views[k].data, nullptr, views[k].dtype};
+        job.operand[k] = {views[k].data, views[k].dtype, 0, nullptr, nullptr};
         c = c && views[k].c_order;
         f = f && views[k].f_order;
         aligned = aligned && reinterpret_cast<uintptr_t>(views[k].data) % itemsize(views[k].dtype) == 0;
     }
-    if (((c || f) && aligned) || job.n == 0) return job;
-
-    Layout layout;
-    layout.ndim = views[0].ndim;
-    char* data[max_operands];
-    for (int k = 0; k < operands; ++k) {
-        data[k] = views[k].data;
-        for (int d = 0; d < layout.ndim; ++d) layout.strides[k][d] = views[k].strides[d];
-    }
-    for (int d = 0; d < layout.ndim; ++d) layout.shape[d] = views[0].shape[d];
-    layout.simplify(operands, data);
-    storage.emplace_back(layout.shape, layout.shape + layout.ndim);
-    job.ndim = layout.ndim;
-    job.shape = storage.back().data();
-    for (int k = 0; k < operands; ++k) {
-        int64_t size = itemsize(views[k].dtype);
-        job.operand[k].data = data[k];
-        if (layout.dense(k, size) && reinterpret_cast<uintptr_t>(data[k]) % size == 0) continue;
-        storage.emplace_back(layout.strides[k], layout.strides[k] + layout.ndim);
-        job.operand[k].strides = storage.back().data();
-    }
+    job.gradient = job.operand[1];
+    if ((c && aligned) || job.n == 0) return job;
+    if (!(f && aligned)) arrange(job.operand, views, operands, !ask.stats, storage);
+    if (ask.reads_first()) arrange(&job.gradient, views + 1, 1, false, storage);
     return job;
 }
 

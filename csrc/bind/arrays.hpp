@@ -38,6 +38,7 @@ bool disjoint(std::vector<Span>& spans);
 bool injective(const View& view);
 
 // The job of one parameter: views are its operands. The storage takes shapes and strides where the job needs them.
-Job describe(RuleId rule, const Row& row, const View* views, int operands, std::vector<std::vector<int64_t>>& storage);
+using Storage = std::vector<std::vector<int64_t>>;
+Job describe(RuleId rule, const Row& row, const View* views, int operands, const OnePass& ask, Storage& storage);
 
 }  // namespace fastgd

@@ -28,60 +28,75 @@ class Prepared {
         stale = true;
     }
 
-    bool step(py::handle grads, py::handle coefficients, py::handle initialise, bool checked) {
+    py::object step(py::handle grads, py::handle coefficients, py::handle initialise, bool checked,
+                    py::handle one_pass) {
+        const py::bool_ refused(false);
         Exclusive alone(*this);
         const Items g(grads);
-        if (g.named() || g.size() != Py_ssize_t(entries.size())) return false;
+        const Extras extras(one_pass);
+        const OnePass& ask = extras.ask;
+        auto fits = [&](const Items& items) { return !items.named() && items.size() == Py_ssize_t(entries.size()); };
+        if (!fits(g) || (ask.ema && !fits(*extras.ema)) || (ask.copies && !fits(*extras.copies))) return refused;
 
         std::map<std::pair<int, int64_t>, Row> rows;  // nodes stay where they are: jobs point to them
         std::pair<int, int64_t> last{-1, -1};
         const Row* row = nullptr;
         std::vector<Job> jobs;
-        std::vector<std::vector<int64_t>> storage;
+        std::vector<Py_ssize_t> index;
+        Storage storage;
         std::vector<Span> spans;
         jobs.reserve(entries.size());
+        index.reserve(entries.size());
         spans.reserve(entries.size());
         for (size_t i = 0; i < entries.size(); ++i) {
-            if (g[i] == Py_None) continue;
+            const bool skip = g[i] == Py_None;
+            if (skip && !ask.ema && !ask.copies) continue;
             Entry& entry = entries[i];
             View views[max_operands];
-            if (!read(entry.param.ptr(), views[0], true) || !read(g[i], views[1], checked)) return false;
-            if (!views[0].writeable || !same_shape(views[0], views[1])) return false;
-            std::pair<int, int64_t> key{entry.group, entry.steps + 1};
-            if (key != last) {
-                auto found = rows.find(key);
-                if (found == rows.end())
-                    found = rows.emplace(key, read_row(id, coefficients(key.first, key.second))).first;
-                row = &found->second;
-                last = key;
+            if (!read(entry.param.ptr(), views[0], true)) return refused;
+            int operands = 2;
+            if (!skip) {
+                if (!read(g[i], views[1], checked) || !views[0].writeable || !same_shape(views[0], views[1]))
+                    return refused;
+                const std::pair<int, int64_t> key{entry.group, entry.steps + 1};
+                if (key != last) {
+                    auto found = rows.find(key);
+                    if (found == rows.end())
+                        found = rows.emplace(key, read_row(id, coefficients(key.first, key.second))).first;
+                    row = &found->second;
+                    last = key;
+                }
+                if (entry.variant != row->variant) renew(i, *row, initialise);
+                for (const py::object& state : entry.states) {
+                    View& view = views[operands++];
+                    if (!read(state.ptr(), view, true) || !view.writeable || !same_shape(view, views[0]))
+                        return refused;
+                }
             }
-            const int states = registry()[id].states[row->variant];
-            if (entry.variant != row->variant) {  // another variant's states may be as many, and others
-                entry.variant = -1;
-                entry.states.clear();
-                const Items made(initialise(i, row->variant));
-                if (made.size() != states) throw py::value_error("initialise: not as many states as the rule has");
-                for (int k = 0; k < states; ++k) entry.states.push_back(py::reinterpret_borrow<py::object>(made[k]));
-                entry.variant = row->variant;
-                stale = true;
+            const int extra = operands;
+            if (!extras.read(i, views[0], views, operands, checked)) return refused;
+            if (!checked) {
+                if (!skip) spans.push_back(span(views[1], ask.zero_grads));
+                for (int k = extra; k < operands; ++k) spans.push_back(span(views[k], true));
+                if (!skip && ask.zero_grads && !(views[1].writeable && injective(views[1]))) return refused;
+                for (int k = extra; k < operands; ++k)
+                    if (!injective(views[k])) return refused;
             }
-            for (int k = 0; k < states; ++k) {
-                View& view = views[2 + k];
-                if (!read(entry.states[k].ptr(), view, true) || !view.writeable || !same_shape(view, views[0]))
-                    return false;
-            }
-            jobs.push_back(describe(id, *row, views, 2 + states, storage));
-            spans.push_back(span(views[1], false));
+            if (skip) continue;
+            jobs.push_back(describe(id, *row, views, operands, ask, storage));
+            index.push_back(Py_ssize_t(i));
         }
         if (!checked) {
             if (stale) map_written();
             for (const Span& s : spans)
-                if (meets_written(s)) return false;
+                if (meets_written(s)) return refused;
+            if ((ask.ema || ask.copies || ask.zero_grads) && !disjoint(spans)) return refused;
         }
-        run_jobs(jobs);
-        for (size_t i = 0; i < entries.size(); ++i)
-            if (g[i] != Py_None) ++entries[i].steps;
-        return true;
+        bool skipped;
+        py::object result = run_jobs(jobs, ask, index, g.size(), skipped);
+        if (!skipped)
+            for (Py_ssize_t i : index) ++entries[i].steps;
+        return result;
     }
 
     std::vector<int64_t> steps() const {
@@ -120,6 +135,19 @@ class Prepared {
         std::atomic<bool>& busy;
     };
 
+    // Asks Python for the states of parameter i.
+    void renew(size_t i, const Row& row, py::handle initialise) {
+        Entry& entry = entries[i];
+        const int states = registry()[id].states[row.variant];
+        entry.variant = -1;  // another variant's states may be as many, and others
+        entry.states.clear();
+        const Items made(initialise(i, row.variant));
+        if (made.size() != states) throw py::value_error("initialise: not as many states as the rule has");
+        for (int k = 0; k < states; ++k) entry.states.push_back(py::reinterpret_borrow<py::object>(made[k]));
+        entry.variant = row.variant;
+        stale = true;
+    }
+
     // The spans of what steps write, sorted, with the furthest end up to each.
     void map_written() {
         written.clear();
@@ -156,7 +184,7 @@ void register_prepared(py::module_& m) {
         .def(py::init<py::handle>(), py::arg("rule"))
         .def("add", &Prepared::add, py::arg("group"), py::arg("params"))
         .def("step", &Prepared::step, py::arg("grads"), py::arg("coefficients"), py::arg("initialise"),
-             py::arg("checked"))
+             py::arg("checked"), py::arg("one_pass") = py::none())
         .def_property_readonly("steps", &Prepared::steps)
         .def("set_step", &Prepared::set_step, py::arg("index"), py::arg("n"))
         .def("reset", &Prepared::reset, py::arg("index"));

@@ -1,6 +1,10 @@
 #include "step.hpp"
 
-#include "arrays.hpp"
+#include <pybind11/stl.h>
+
+#include <limits>
+#include <tuple>
+
 #include "registry.hpp"
 
 namespace py = pybind11;
@@ -28,66 +32,114 @@ bool Items::alike(const Items& other) const {
     return !keys || keys.equal(other.keys);
 }
 
-void run_jobs(const std::vector<Job>& jobs) {
+Extras::Extras(py::handle tuple) {
+    if (tuple.is_none()) return;
+    auto [grad_scale, max_norm, skip_nonfinite, ema_, ema_weight, copies_, zero_grads, stats] =
+        py::cast<std::tuple<double, std::optional<double>, bool, py::object, double, py::object, bool, bool>>(tuple);
+    ask = {grad_scale, max_norm.has_value(), max_norm.value_or(0), skip_nonfinite, !ema_.is_none(),
+           ema_weight, !copies_.is_none(),   zero_grads,           stats};
+    if (ask.ema) ema.emplace(ema_);
+    if (ask.copies) copies.emplace(copies_);
+}
+
+bool Extras::read(Py_ssize_t i, const View& param, View* views, int& operands, bool checked) const {
+    for (const std::optional<Items>* items : {&ema, &copies}) {
+        if (!*items) continue;
+        View& view = views[operands++];
+        if (!fastgd::read((**items)[i], view, checked) || !view.writeable || !same_shape(view, param)) return false;
+        if (items == &copies && (view.dtype == Dtype::float64 || itemsize(view.dtype) > itemsize(param.dtype)))
+            return false;
+    }
+    return true;
+}
+
+py::object run_jobs(const std::vector<Job>& jobs, const OnePass& ask, const std::vector<Py_ssize_t>& index,
+                    Py_ssize_t params, bool& skipped) {
     int64_t n = 0;
     for (const Job& job : jobs) n += job.n;
-    if (n <= short_work) return run(jobs);
-    py::gil_scoped_release release;
-    run(jobs);
+    Outcome outcome;
+    if (n <= short_work) {
+        outcome = run(jobs, ask);
+    } else {
+        py::gil_scoped_release release;
+        outcome = run(jobs, ask);
+    }
+    skipped = outcome.skipped;
+    if (!ask.stats && !ask.skip_nonfinite) return py::bool_(true);
+    constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+    auto by_param = [&](const std::vector<double>& by_job, double otherwise) {
+        if (!ask.stats) return std::vector<double>();
+        std::vector<double> all(params, nan);
+        for (size_t k = 0; k < index.size(); ++k) all[index[k]] = by_job.empty() ? otherwise : by_job[k];
+        return all;
+    };
+    return py::make_tuple(outcome.skipped, outcome.nonfinite, outcome.clip_factor, by_param(outcome.grads, nan),
+                          by_param(outcome.updates, 0), by_param(outcome.params, nan));
 }
 
 namespace {
 
-bool step(py::handle name, py::handle rows, py::handle row_of, py::handle params, py::handle grads, py::handle states,
-          bool checked) {
+py::object step(py::handle name, py::handle rows, py::handle row_of, py::handle params, py::handle grads,
+                py::handle states, bool checked, py::handle one_pass) {
+    const py::bool_ refused(false);
     const RuleId id = find_rule(name);
     const Items given_rows(rows), s(states), p(params), g(grads);
+    const Extras extras(one_pass);
     std::vector<Row> table;
     table.reserve(given_rows.size());
     for (Py_ssize_t i = 0; i < given_rows.size(); ++i) table.push_back(read_row(id, given_rows[i]));
     if (table.empty()) throw py::value_error("rows: expected at least one");
-    const int count = int(s.size()), operands = 2 + count;
+    const int count = int(s.size());
     if (count != registry()[id].states[table[0].variant]) throw py::value_error("states: not as many as the rule has");
 
-    if (!g.alike(p)) return false;
+    if (!g.alike(p) || (extras.ema && !extras.ema->alike(p)) || (extras.copies && !extras.copies->alike(p)))
+        return refused;
     std::vector<Items> state;
     state.reserve(count);
     for (int k = 0; k < count; ++k)
-        if (!state.emplace_back(py::handle(s[k])).alike(p)) return false;
+        if (!state.emplace_back(py::handle(s[k])).alike(p)) return refused;
 
     std::vector<Job> jobs;
-    std::vector<std::vector<int64_t>> storage;
+    std::vector<Py_ssize_t> index;
+    Storage storage;
     std::vector<Span> spans;
     jobs.reserve(p.size());
-    if (!checked) spans.reserve(p.size() * operands);
+    if (!checked) spans.reserve(p.size() * (2 + count));
     for (Py_ssize_t i = 0; i < p.size(); ++i) {
         const bool skip = g[i] == Py_None;
         View views[max_operands];
+        int operands = 2 + count;
         for (int k = 0; k < operands; ++k) {
             if (k == 1 && skip) continue;
-            if (!read(k == 0 ? p[i] : k == 1 ? g[i] : state[k - 2][i], views[k], checked)) return false;
-            if (!same_shape(views[k], views[0])) return false;
-            if (k != 1 && !views[k].writeable) return false;
+            if (!read(k == 0 ? p[i] : k == 1 ? g[i] : state[k - 2][i], views[k], checked)) return refused;
+            if (!same_shape(views[k], views[0])) return refused;
+        }
+        if (!extras.read(i, views[0], views, operands, checked)) return refused;
+        for (int k = 0; k < operands; ++k) {
+            if (k == 1 && skip) continue;
+            const bool written = k != 1 || extras.ask.zero_grads;
+            if (written && !views[k].writeable) return refused;
             if (checked) continue;
-            if (k != 1 && !injective(views[k])) return false;
-            spans.push_back(span(views[k], k != 1));
+            if (written && !injective(views[k])) return refused;
+            spans.push_back(span(views[k], written));
         }
         if (skip) continue;
         Py_ssize_t row = 0;
         if (!row_of.is_none()) row = PyLong_AsSsize_t(py::object(row_of[py::int_(i)]).ptr());
         if (row < 0 || row >= Py_ssize_t(table.size())) throw py::value_error("row_of: no such row");
-        jobs.push_back(describe(id, table[row], views, operands, storage));
+        jobs.push_back(describe(id, table[row], views, operands, extras.ask, storage));
+        index.push_back(i);
     }
-    if (!checked && !disjoint(spans)) return false;
-    run_jobs(jobs);
-    return true;
+    if (!checked && !disjoint(spans)) return refused;
+    bool skipped;
+    return run_jobs(jobs, extras.ask, index, p.size(), skipped);
 }
 
 }  // namespace
 
 void register_step(py::module_& m) {
     m.def("step", &step, py::arg("rule"), py::arg("rows"), py::arg("row_of"), py::arg("params"), py::arg("grads"),
-          py::arg("states"), py::arg("checked"));
+          py::arg("states"), py::arg("checked"), py::arg("one_pass") = py::none());
 }
 
 }  // namespace fastgd

@@ -3,7 +3,10 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <optional>
+
 #include "../cpu/pass.hpp"
+#include "arrays.hpp"
 
 namespace fastgd {
 
@@ -25,7 +28,19 @@ class Items {
     bool many;
 };
 
-// Runs the jobs, without the GIL where that takes long enough to matter.
-void run_jobs(const std::vector<Job>& jobs);
+// What a call asks for beside the step, as Python's tuple has it; None asks for nothing.
+struct Extras {
+    explicit Extras(pybind11::handle tuple);
+    // Reads parameter i's average and copy behind its other views. False where they do not fit it.
+    bool read(Py_ssize_t i, const View& param, View* views, int& operands, bool checked) const;
+
+    OnePass ask;
+    std::optional<Items> ema, copies;
+};
+
+// Runs the jobs, without the GIL where that takes long enough to matter. Returns what Python is to know: True, or with
+// stats or skip_nonfinite a tuple; `index` has the parameter of each job, out of `params`.
+pybind11::object run_jobs(const std::vector<Job>& jobs, const OnePass& ask, const std::vector<Py_ssize_t>& index,
+                          Py_ssize_t params, bool& skipped);
 
 }  // namespace fastgd

@@ -2,6 +2,7 @@
 // Everything here has internal linkage but the one table, and nothing needs a constructor, so loading it runs none of
 // it.
 #include "../pass/convert.hpp"
+#include "../pass/sums.hpp"
 #include "../rules.hpp"
 #include "kernels.hpp"
 
@@ -87,6 +88,50 @@ template <class T, class S> void store_tile(int64_t n, const void* from, char* t
     }
 }
 
+template <class T> void scale(int64_t n, const void* from, void* to, double divisor, double factor) {
+    const T* FASTGD_RESTRICT x = static_cast<const T*>(from);
+    T* y = static_cast<T*>(to);  // x itself, or apart from it
+    const T d = T(divisor), f = T(factor);
+    FASTGD_INDEPENDENT
+    for (int64_t i = 0; i < n; ++i) y[i] = x[i] / d * f;
+}
+
+template <class T, bool difference> FASTGD_FN void add_squares(int64_t n, const T* x, const T* minus, double* lane) {
+    double sum[lanes];
+    for (int j = 0; j < lanes; ++j) sum[j] = lane[j];
+    auto square = [&](int64_t i) {
+        const double d = difference ? T(x[i] - minus[i]) : x[i];
+        return d * d;
+    };
+    int64_t i = 0;
+    for (; i + lanes <= n; i += lanes)
+        for (int j = 0; j < lanes; ++j) sum[j] += square(i + j);
+    for (int j = 0; i < n; ++i, ++j) sum[j] += square(i);
+    for (int j = 0; j < lanes; ++j) lane[j] = sum[j];
+}
+
+template <class T> void squares(int64_t n, const void* x, const void* minus, double* lane) {
+    if (minus)
+        add_squares<T, true>(n, static_cast<const T*>(x), static_cast<const T*>(minus), lane);
+    else
+        add_squares<T, false>(n, static_cast<const T*>(x), nullptr, lane);
+}
+
+template <class T> void blend(int64_t n, void* average, const void* value, double weight) {
+    T* FASTGD_RESTRICT y = static_cast<T*>(average);
+    const T* FASTGD_RESTRICT x = static_cast<const T*>(value);
+    const T w = T(weight);
+    FASTGD_INDEPENDENT
+    for (int64_t i = 0; i < n; ++i) y[i] = y[i] + w * (x[i] - y[i]);
+}
+
+template <class T> int64_t nonfinite(int64_t n, const void* values) {
+    const T* x = static_cast<const T*>(values);
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i) count += !(x[i] - x[i] == T(0));
+    return count;
+}
+
 template <class E, class... W>
 FASTGD_FN void touch(int64_t n, const E* FASTGD_RESTRICT r, E* FASTGD_RESTRICT p, W* FASTGD_RESTRICT... w) {
     FASTGD_INDEPENDENT
@@ -116,6 +161,13 @@ template <template <bool...> class Rule, int flags, int mask> constexpr void fil
     }
 }
 
+template <class T> constexpr void fill(Kernels& k, Compute c) {
+    k.scale[int(c)] = scale<T>;
+    k.squares[int(c)] = squares<T>;
+    k.blend[int(c)] = blend<T>;
+    k.nonfinite[int(c)] = nonfinite<T>;
+}
+
 template <class S> constexpr void fill(Kernels& k, Dtype d) {
     k.load[int(d)][int(Compute::float32)] = load_tile<float, S>;
     k.load[int(d)][int(Compute::float64)] = load_tile<double, S>;
@@ -128,6 +180,8 @@ constexpr Kernels table() {
 #define RULE(name, ...) fill<name, count(__VA_ARGS__), 0>(k, rule_##name);
     FASTGD_RULES(RULE)
 #undef RULE
+    fill<float>(k, Compute::float32);
+    fill<double>(k, Compute::float64);
     fill<double>(k, Dtype::float64);
     fill<float>(k, Dtype::float32);
     fill<half>(k, Dtype::float16);

@@ -30,6 +30,11 @@ using Update = void (*)(int64_t n, void* p, const void* g, void* const* states, 
 // n elements that stand `stride` bytes apart, to or from a dense buffer in the compute type.
 using Load = void (*)(int64_t n, const char* from, int64_t stride, void* to);
 using Store = void (*)(int64_t n, const void* from, char* to, int64_t stride);
+// The stages of the one pass beside the rule, over n elements in the compute type; lanes as in pass/sums.hpp.
+using Scale = void (*)(int64_t n, const void* from, void* to, double divisor, double factor);  // x / divisor * factor
+using Squares = void (*)(int64_t n, const void* x, const void* minus, double* lanes);  // adds (x - minus)^2 or x^2
+using Blend = void (*)(int64_t n, void* average, const void* x, double weight);  // average += weight (x - average)
+using Nonfinite = int64_t (*)(int64_t n, const void* x);
 // n elements of each stream: one is read, the others are read and rewritten. The memory's limit for an update.
 using Stream = void (*)(int64_t n, const void* read, void* const* writes);
 
@@ -37,6 +42,10 @@ struct Kernels {
     Update update[rules][max_variants][computes];
     Load load[dtypes][computes];
     Store store[dtypes][computes];
+    Scale scale[computes];
+    Squares squares[computes];
+    Blend blend[computes];
+    Nonfinite nonfinite[computes];
     Stream stream[2][1 + max_states];  // [first two streams of 4 or of 2 bytes][streams written - 1]
 };
 

@@ -3,33 +3,60 @@
 #include <vector>
 
 #include "../pass/layout.hpp"
+#include "../pass/sums.hpp"
 #include "kernels.hpp"
 
 namespace fastgd {
 
-// One array of a job. strides is null where the elements are dense and aligned: a kernel may then have the pointer.
+// One array of a job. ndim is 0 where the elements are dense and aligned: a kernel may then have the pointer.
 struct Operand {
     char* data;
-    const int64_t* strides;
     Dtype dtype;
+    int ndim;
+    const int64_t *shape, *strides;
 };
 
-// One parameter with its gradient and states: operands in that order.
+// One parameter with its gradient and states, operands in that order, and what else the call has for it.
 struct Job {
     int64_t n;
     RuleId rule;
     const Row* row;
     Compute compute;
     int operands;
-    int ndim;              // of shape and of every operand's strides
-    const int64_t* shape;  // null where every operand is dense
-    Operand operand[max_operands];
+    Operand operand[max_operands];  // after the states: ema, copies, where the call has them
+    Operand gradient;               // in C order, for a norm that is read beforehand
+};
+
+// What a call asks for beside the step.
+struct OnePass {
+    double grad_scale = 1;
+    bool clip = false;
+    double max_norm = 0;
+    bool skip_nonfinite = false;
+    bool ema = false;
+    double ema_weight = 0;
+    bool copies = false;
+    bool zero_grads = false;
+    bool stats = false;
+
+    // Whether anything depends on all gradients, so that they are read once before the pass.
+    bool reads_first() const { return clip || skip_nonfinite; }
+    bool plain() const {
+        return grad_scale == 1 && !clip && !skip_nonfinite && !ema && !copies && !zero_grads && !stats;
+    }
+};
+
+struct Outcome {
+    bool skipped = false;
+    int64_t nonfinite = 0;
+    double clip_factor = 1;
+    std::vector<double> grads, updates, params;  // sums of squares by job; those that were asked for
 };
 
 // Steps all jobs, on several threads where that pays. Touches nothing of Python.
-void run(const std::vector<Job>& jobs);
+Outcome run(const std::vector<Job>& jobs, const OnePass& one_pass);
 
-// Into how many parts, one a thread, work of so many bytes is cut.
+// Into how many parts work of so many bytes is cut.
 int parts_for(int64_t bytes);
 
 // How many elements the calling thread may step while it keeps the GIL: about 10 microseconds of work.

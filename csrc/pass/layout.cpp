@@ -4,7 +4,7 @@
 
 namespace fastgd {
 
-void Layout::simplify(int operands, char** data) {
+void Layout::simplify(int operands, char** data, bool free_order) {
     auto swap = [&](int a, int b) {
         std::swap(shape[a], shape[b]);
         for (int k = 0; k < operands; ++k) std::swap(strides[k][a], strides[k][b]);
@@ -17,14 +17,14 @@ void Layout::simplify(int operands, char** data) {
     for (int d = 0; d < ndim; ++d)
         if (shape[d] != 1) copy(d, kept++);
     ndim = kept;
-    for (int d = 0; d < ndim; ++d) {
+    for (int d = 0; free_order && d < ndim; ++d) {
         if (strides[0][d] >= 0) continue;
         for (int k = 0; k < operands; ++k) {
             data[k] += strides[k][d] * (shape[d] - 1);
             strides[k][d] = -strides[k][d];
         }
     }
-    for (int a = 1; a < ndim; ++a)
+    for (int a = 1; free_order && a < ndim; ++a)
         for (int b = a; b > 0 && strides[0][b - 1] < strides[0][b]; --b) swap(b - 1, b);
     auto runs_on = [&](int outer, int inner) {
         for (int k = 0; k < operands; ++k)

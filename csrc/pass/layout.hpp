@@ -1,12 +1,12 @@
 // How the arrays that step together (a parameter, its gradient, its states) lie in memory, brought to the fewest
 // dimensions: the order of iteration is the parameter's own memory order, so that a transposed pair runs as fast as a
-// plain one.
+// plain one; or C order, where a sum depends on it.
 #pragma once
 #include <stdint.h>
 
 namespace fastgd {
 
-constexpr int max_operands = 5;  // parameter, gradient, three states
+constexpr int max_operands = 7;  // parameter, gradient, three states, average, copy
 constexpr int max_ndim = 64;     // NumPy's
 
 struct Layout {
@@ -14,9 +14,9 @@ struct Layout {
     int64_t shape[max_ndim];
     int64_t strides[max_operands][max_ndim];  // bytes
 
-    // Drops dimensions of one element, turns reversed ones round (moving data), sorts by the parameter's strides and
-    // merges what runs on in every operand.
-    void simplify(int operands, char** data);
+    // Drops dimensions of one element and merges what runs on in every operand. Where the order of iteration is free,
+    // turns reversed dimensions round first (moving data) and sorts by the parameter's strides.
+    void simplify(int operands, char** data, bool free_order);
 
     // Whether the operand's elements follow each other without a gap in the order of iteration.
     bool dense(int operand, int64_t itemsize) const;
