@@ -38,59 +38,62 @@ class Prepared {
         auto fits = [&](const Items& items) { return !items.named() && items.size() == Py_ssize_t(entries.size()); };
         if (!fits(g) || (ask.ema && !fits(*extras.ema)) || (ask.copies && !fits(*extras.copies))) return refused;
 
+        // The gradients first: nobody is asked for coefficients or states as long as one may be refused.
+        struct Stepping {
+            size_t index;
+            View param, grad;
+        };
+        std::vector<Stepping> stepping;
+        std::vector<Span> spans;
+        stepping.reserve(entries.size());
+        spans.reserve(entries.size());
+        for (size_t i = 0; i < entries.size(); ++i) {
+            View param, grad, more[max_operands];
+            const bool skip = g[i] == Py_None;
+            if (skip && !ask.ema && !ask.copies) continue;
+            if (!read(entries[i].param.ptr(), param, true)) return refused;
+            int extra = 0;
+            if (!extras.read(i, param, more, extra, checked)) return refused;
+            for (int k = 0; k < extra; ++k) {
+                if (!checked && !injective(more[k])) return refused;
+                spans.push_back(span(more[k], true));
+            }
+            if (skip) continue;
+            if (!read(g[i], grad, checked) || !param.writeable || !same_shape(param, grad)) return refused;
+            if (ask.zero_grads && !(grad.writeable && (checked || injective(grad)))) return refused;
+            spans.push_back(span(grad, ask.zero_grads));
+            stepping.push_back({i, param, grad});
+        }
+        if (!checked && meet(spans, ask.ema || ask.copies || ask.zero_grads)) return refused;
+
         std::map<std::pair<int, int64_t>, Row> rows;  // nodes stay where they are: jobs point to them
-        std::pair<int, int64_t> last{-1, -1};
-        const Row* row = nullptr;
+        std::vector<const Row*> row_of;
+        row_of.reserve(stepping.size());
+        for (const Stepping& s : stepping) {
+            const std::pair<int, int64_t> key{entries[s.index].group, entries[s.index].steps + 1};
+            auto found = rows.find(key);
+            if (found == rows.end()) found = rows.emplace(key, read_row(id, coefficients(key.first, key.second))).first;
+            row_of.push_back(&found->second);
+        }
+
         std::vector<Job> jobs;
         std::vector<Py_ssize_t> index;
         Storage storage;
-        std::vector<Span> spans;
-        jobs.reserve(entries.size());
-        index.reserve(entries.size());
-        spans.reserve(entries.size());
-        for (size_t i = 0; i < entries.size(); ++i) {
-            const bool skip = g[i] == Py_None;
-            if (skip && !ask.ema && !ask.copies) continue;
-            Entry& entry = entries[i];
-            View views[max_operands];
-            if (!read(entry.param.ptr(), views[0], true)) return refused;
+        jobs.reserve(stepping.size());
+        index.reserve(stepping.size());
+        for (size_t k = 0; k < stepping.size(); ++k) {
+            const Stepping& s = stepping[k];
+            Entry& entry = entries[s.index];
+            if (entry.variant != row_of[k]->variant) renew(s.index, *row_of[k], initialise);
+            View views[max_operands] = {s.param, s.grad};
             int operands = 2;
-            if (!skip) {
-                if (!read(g[i], views[1], checked) || !views[0].writeable || !same_shape(views[0], views[1]))
-                    return refused;
-                const std::pair<int, int64_t> key{entry.group, entry.steps + 1};
-                if (key != last) {
-                    auto found = rows.find(key);
-                    if (found == rows.end())
-                        found = rows.emplace(key, read_row(id, coefficients(key.first, key.second))).first;
-                    row = &found->second;
-                    last = key;
-                }
-                if (entry.variant != row->variant) renew(i, *row, initialise);
-                for (const py::object& state : entry.states) {
-                    View& view = views[operands++];
-                    if (!read(state.ptr(), view, true) || !view.writeable || !same_shape(view, views[0]))
-                        return refused;
-                }
+            for (const py::object& state : entry.states) {
+                View& view = views[operands++];
+                if (!read(state.ptr(), view, true) || !view.writeable || !same_shape(view, s.param)) return refused;
             }
-            const int extra = operands;
-            if (!extras.read(i, views[0], views, operands, checked)) return refused;
-            if (!checked) {
-                if (!skip) spans.push_back(span(views[1], ask.zero_grads));
-                for (int k = extra; k < operands; ++k) spans.push_back(span(views[k], true));
-                if (!skip && ask.zero_grads && !(views[1].writeable && injective(views[1]))) return refused;
-                for (int k = extra; k < operands; ++k)
-                    if (!injective(views[k])) return refused;
-            }
-            if (skip) continue;
-            jobs.push_back(describe(id, *row, views, operands, ask, storage));
-            index.push_back(Py_ssize_t(i));
-        }
-        if (!checked) {
-            if (stale) map_written();
-            for (const Span& s : spans)
-                if (meets_written(s)) return refused;
-            if ((ask.ema || ask.copies || ask.zero_grads) && !disjoint(spans)) return refused;
+            if (!extras.read(s.index, s.param, views, operands, checked)) return refused;
+            jobs.push_back(describe(id, *row_of[k], views, operands, ask, storage));
+            index.push_back(Py_ssize_t(s.index));
         }
         bool skipped;
         py::object result = run_jobs(jobs, ask, index, g.size(), skipped);
@@ -163,11 +166,16 @@ class Prepared {
         stale = false;
     }
 
-    bool meets_written(const Span& s) const {
-        if (s.begin == s.end) return false;
-        auto after =
-            std::partition_point(written.begin(), written.end(), [&](const Span& w) { return w.begin < s.end; });
-        return after != written.begin() && std::prev(after)->end > s.begin;
+    // Whether a span meets one that steps write, or, where some of them are written themselves, another of them.
+    bool meet(std::vector<Span>& spans, bool among_them) {
+        if (stale) map_written();
+        for (const Span& s : spans) {
+            if (s.begin == s.end) continue;
+            auto after =
+                std::partition_point(written.begin(), written.end(), [&](const Span& w) { return w.begin < s.end; });
+            if (after != written.begin() && std::prev(after)->end > s.begin) return true;
+        }
+        return among_them && !disjoint(spans);
     }
 
     const RuleId id;

@@ -23,7 +23,7 @@ void stream_part(void* context, int part) {
     const int64_t begin = s.n / s.parts * part, end = part + 1 == s.parts ? s.n : s.n / s.parts * (part + 1);
     void* writes[1 + max_states];
     for (int k = 0; k < s.writes; ++k) writes[k] = s.write[k] + begin * (k == 0 ? s.narrow : 4);
-    s.run(end - begin, s.read + begin * s.narrow, writes);
+    s.run(end - begin, s.read + begin * s.narrow, writes, 0);
 }
 
 // Reads `read`, reads and rewrites `writes`: dense arrays of one size. The first of `writes` has elements as wide as

@@ -133,23 +133,24 @@ template <class T> int64_t nonfinite(int64_t n, const void* values) {
 }
 
 template <class E, class... W>
-FASTGD_FN void touch(int64_t n, const E* FASTGD_RESTRICT r, E* FASTGD_RESTRICT p, W* FASTGD_RESTRICT... w) {
+FASTGD_FN void touch(int64_t n, uint32_t mask, const E* FASTGD_RESTRICT r, E* FASTGD_RESTRICT p,
+                     W* FASTGD_RESTRICT... w) {
     FASTGD_INDEPENDENT
     for (int64_t i = 0; i < n; ++i) {
-        E x = r[i];
+        const E x = E(r[i] & mask);
         p[i] = E(p[i] ^ x);
         ((w[i] ^= x), ...);
     }
 }
 
-template <class E, int writes> void stream(int64_t n, const void* read, void* const* w) {
+template <class E, int writes> void stream(int64_t n, const void* read, void* const* w, uint32_t mask) {
     const E* r = static_cast<const E*>(read);
     E* p = static_cast<E*>(w[0]);
-    if constexpr (writes == 1) touch(n, r, p);
-    if constexpr (writes == 2) touch(n, r, p, static_cast<uint32_t*>(w[1]));
-    if constexpr (writes == 3) touch(n, r, p, static_cast<uint32_t*>(w[1]), static_cast<uint32_t*>(w[2]));
-    if constexpr (writes == 4)
-        touch(n, r, p, static_cast<uint32_t*>(w[1]), static_cast<uint32_t*>(w[2]), static_cast<uint32_t*>(w[3]));
+    uint32_t* const* s = reinterpret_cast<uint32_t* const*>(w);
+    if constexpr (writes == 1) touch(n, mask, r, p);
+    if constexpr (writes == 2) touch(n, mask, r, p, s[1]);
+    if constexpr (writes == 3) touch(n, mask, r, p, s[1], s[2]);
+    if constexpr (writes == 4) touch(n, mask, r, p, s[1], s[2], s[3]);
 }
 
 template <template <bool...> class Rule, int flags, int mask> constexpr void fill(Kernels& k, RuleId id) {

@@ -35,8 +35,9 @@ using Scale = void (*)(int64_t n, const void* from, void* to, double divisor, do
 using Squares = void (*)(int64_t n, const void* x, const void* minus, double* lanes);  // adds (x - minus)^2 or x^2
 using Blend = void (*)(int64_t n, void* average, const void* x, double weight);  // average += weight (x - average)
 using Nonfinite = int64_t (*)(int64_t n, const void* x);
-// n elements of each stream: one is read, the others are read and rewritten. The memory's limit for an update.
-using Stream = void (*)(int64_t n, const void* read, void* const* writes);
+// n elements of each stream: one is read, the others are read and rewritten, unchanged where `mask` is 0, which no
+// compiler knows. The memory's limit for an update.
+using Stream = void (*)(int64_t n, const void* read, void* const* writes, uint32_t mask);
 
 struct Kernels {
     Update update[rules][max_variants][computes];
