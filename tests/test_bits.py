@@ -89,16 +89,19 @@ def test_list_of_all_dtypes_on_any_threads(case, set_threads):
 
 @every_case
 def test_class_has_the_bits_of_the_function(case):
-    """The prepared handle reads its arrays by another way; states begin as the class makes them."""
+    """The prepared handle reads its arrays by another way, begins their states and counts the steps of each."""
     arrays = [((7, 3), F32), ((), F64), ((0,), BF16), ((1500,), F16), ((33, 2), BF16)]
     for state_dtype in (None, F32):
         params, twins = ([values(*array) for array in arrays] for _ in "ab")
         states = [[np.zeros(shape, state_dtype or dtype) for shape, dtype in arrays] for _ in case.states]
         optimizer = getattr(fastgd, case.class_name)(params, **case.hyper, state_dtype=state_dtype)
+        numbers = np.ones(len(arrays), int)
         for step in (1, 2, 3):
             grads = [values(shape, arrays[i - step][1], step) for i, (shape, _) in enumerate(arrays)]
+            grads[step] = None
             optimizer.step(grads)
-            case.step(reference, twins, grads, states, step)
+            case.step(reference, twins, grads, states, numbers)
+            numbers += [g is not None for g in grads]
         for i, (p, twin) in enumerate(zip(params, twins, strict=True)):
             kept = [a for key, a in optimizer.state[i].items() if key != "step"]
             assert_step_is_twins(case, [p, p, *kept], [twin, twin, *(s[i] for s in states)], f"[{i}]")
