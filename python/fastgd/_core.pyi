@@ -1,5 +1,9 @@
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
+
+# True, or with stats or skip_nonfinite: skipped, nonfinite, clip_factor, and by parameter the sums of squares of
+# gradients, updates and parameters. False: nothing has changed, Python is to look closer.
+_Result: TypeAlias = bool | tuple[bool, int, float, list[float], list[float], list[float]]
 
 RULES: dict[str, dict[str, Any]]
 
@@ -11,7 +15,8 @@ def step(
     grads: Any,
     states: tuple[Any, ...],
     checked: bool,
-) -> bool: ...
+    one_pass: tuple[Any, ...] | None = None,
+) -> _Result: ...
 def isa() -> str: ...
 def available_isas() -> list[str]: ...
 def get_num_threads() -> int: ...
@@ -27,7 +32,8 @@ class Prepared:
         coefficients: Callable[[int, int], tuple[Any, ...]],
         initialise: Callable[[int, int], tuple[Any, ...]],
         checked: bool,
-    ) -> bool: ...
+        one_pass: tuple[Any, ...] | None = None,
+    ) -> _Result: ...
     @property
     def steps(self) -> list[int]: ...
     def set_step(self, index: int, n: int) -> None: ...

@@ -150,18 +150,18 @@ def _betas(betas: Any) -> tuple[float, float]:
 
 def non_negative(name: str, value: Any) -> float:
     """``value`` as a float, or an error that calls it ``name``."""
-    return _checked(name, value, lambda x: 0.0 <= x < inf, "a finite number >= 0")
+    return checked(name, value, lambda x: 0.0 <= x < inf, "a finite number >= 0")
 
 
 def _below_one(name: str, value: Any) -> float:
-    return _checked(name, value, lambda x: 0.0 <= x < 1.0, "a number with 0 <= number < 1")
+    return checked(name, value, lambda x: 0.0 <= x < 1.0, "a number with 0 <= number < 1")
 
 
 def _finite(name: str, value: Any) -> float:
-    return _checked(name, value, isfinite, "a finite number")
+    return checked(name, value, isfinite, "a finite number")
 
 
-def _checked(name: str, value: Any, valid: Callable[[float], bool], expected: str) -> float:
+def checked(name: str, value: Any, valid: Callable[[float], bool], expected: str) -> float:
     number = _real(value)
     if number is None:
         raise TypeError(f"{name}: expected {expected}, got {_described(value)}")
