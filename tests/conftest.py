@@ -1,0 +1,43 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import fastgd
+
+NO_SKIPS = os.environ.get("FASTGD_NO_SKIPS", "0") not in ("", "0")
+
+
+def pytest_report_header() -> str:
+    return f"fastgd: {fastgd.config()}"
+
+
+def _forbid_skip(report: Any) -> Any:
+    """In CI a test that does not run is a failure: what it needs is missing."""
+    if NO_SKIPS and report.outcome == "skipped" and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, which FASTGD_NO_SKIPS forbids: {report.longrepr[-1]}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Any:
+    return _forbid_skip((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Any:
+    return _forbid_skip((yield))
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """set_num_threads for the length of a test."""
+    before = fastgd.get_num_threads()
+    yield fastgd.set_num_threads
+    fastgd.set_num_threads(before)
