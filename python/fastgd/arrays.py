@@ -142,8 +142,9 @@ def check_array(label: str, value: Any, dtypes: Sequence[str] = DTYPES) -> Array
         raise TypeError(f"{label}: expected a numpy.ndarray, got {described(value)}{_advice(value)}")
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{label}: expected a plain array, got a masked array; fill it first, a.filled(0)")
-    check_dtype(label, value.dtype, dtypes)
-    return np.asarray(value)
+    a = np.asarray(value)  # what a subclass says of itself does not count
+    check_dtype(label, a.dtype, dtypes)
+    return a
 
 
 def check_params(labels: Sequence[str], params: Sequence[Any]) -> list[Array]:

@@ -172,7 +172,9 @@ def checked(name: str, value: Any, valid: Callable[[float], bool], expected: str
 
 def _real(value: Any) -> float | None:
     """``value`` as a float, or None where it is not a real number: a Python or NumPy number, or a 0-d array of one."""
-    if hasattr(value, "item") and getattr(value, "shape", None) == ():
+    if hasattr(value, "item") and getattr(value, "shape", None) == () and not hasattr(value, "mask"):
+        if getattr(value.dtype, "kind", "f") in "mM":  # of a time, item gives an int
+            return None
         value = value.item()
     if isinstance(value, (str, bytes, bytearray, complex)) or hasattr(value, "shape"):
         return None

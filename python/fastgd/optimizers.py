@@ -195,13 +195,11 @@ class Optimizer:
             variant = self._row_of(groups[self._group_of[i]], 1, 0.0)[0]
             steps[i], states[i] = self._read_state(label, entry, self._params[i], self._keys(variant))
 
+        self._prepared.load(steps)  # first: it refuses in the middle of a step
         for i, group in enumerate(self.param_groups):
             self._last_lr[i] = saved_groups[i].get("lr")
             group.update(groups[i])
         self._state[:] = states
-        for i, n in enumerate(steps):
-            self._prepared.reset(i)
-            self._prepared.set_step(i, n)
 
     def __repr__(self) -> str:
         lines = [type(self).__name__ + " ("]
@@ -219,9 +217,9 @@ class Optimizer:
         self.__dict__.update(state)
         self._params = [np.asarray(p) for group in self.param_groups for p in group["params"]]
         self._prepared = self._engine.Prepared(self._rule)
-        for i, p in enumerate(self._params):
-            self._prepared.add(self._group_of[i], [p])
-            self._prepared.set_step(i, state["_prepared"][i])
+        for group, p in zip(self._group_of, self._params, strict=True):
+            self._prepared.add(group, [p])
+        self._prepared.load(state["_prepared"])
 
     def _row_of(self, group: Mapping[str, Any], step: int, lr: Any) -> coefficients.Row:
         """The row of a group's hyperparameters, with ``lr`` called already."""
@@ -239,9 +237,12 @@ class Optimizer:
         """The row of a group for one step count: called by the engine, in a step, before anything is written."""
         group = self.param_groups[index]
         lr = group["lr"]
-        if callable(lr):
-            lr = self._last_lr[index] = lr(step)
-        return self._row_of(group, step, lr)
+        if not callable(lr):
+            return self._row_of(group, step, lr)
+        lr = lr(step)
+        row = self._row_of(group, step, lr)
+        self._last_lr[index] = lr
+        return row
 
     def _initialise(self, index: int, variant: int) -> tuple[Array, ...]:
         """The states of a parameter: called by the engine where it has none, or another number of them."""
@@ -352,7 +353,9 @@ class Optimizer:
             arrays.check_memory(written, labelled_grads)
         result = self._prepared.step(checked, self._row, self._initialise, True, ask)
         if result is False:
-            raise RuntimeError(f"{self._rule}: the engine refused gradients that were checked; please report this")
+            raise RuntimeError(
+                f"{self._rule}: the arrays changed during the step, or this is a bug to report; nothing was stepped"
+            )
         return result
 
     def _listed(self, value: Any) -> Any:
@@ -364,7 +367,8 @@ class Optimizer:
     def _flatten(self, name: str, value: Any) -> tuple[list[str], list[Any]]:
         """Labels and entries of an argument, over all groups."""
         listed = isinstance(value, (list, tuple))
-        if listed and any(isinstance(entry, (list, tuple, Mapping)) for entry in value):  # an entry a group
+        nested = listed and any(isinstance(entry, (list, tuple, Mapping)) for entry in value)
+        if nested and (len(self._forms) > 1 or len(value) == 1):  # an entry a group
             if len(value) != len(self._forms):
                 raise ValueError(f"{name}: expected {len(self._forms)} entries, one a group, got {len(value)}")
             labels, flat = [], []
@@ -659,9 +663,10 @@ class Lion(Optimizer):
 def _read_step(label: str, value: Any) -> int:
     """A step count, which torch saves as a 0-d float tensor."""
     number = coefficients.non_negative(label, value)
-    if number != int(number) or number >= 2.0**63:
-        raise ValueError(f"{label}: expected an integer below 2**63, got {number!r}")
     try:
-        return operator.index(value)  # exact beyond 2**53 too
+        step = operator.index(value)  # exact beyond 2**53 too
     except TypeError:
-        return int(number)
+        step = int(number) if number.is_integer() else -1
+    if not 0 <= step < 2**63 - 1:
+        raise ValueError(f"{label}: expected an integer below 2**63 - 1, got {value!r}")
+    return step

@@ -77,11 +77,11 @@ class StepStats:
         self.skipped: bool
         self.nonfinite: int
         self.clip_factor: float
-        self.skipped, self.nonfinite, self.clip_factor, *squares = result
+        self.skipped, self.nonfinite, self.clip_factor, of_grads, of_updates, of_params = result
         # Kept by the thousand over a run: so sums of squares in one array, and nothing for the garbage collector.
         self._keys = keys
-        self._present = bytes(g is not None for g in grads) if norms else b""
-        self._squares = array("d", [x for sums in squares for x in sums]) if norms else None
+        self._present = bytes([g is not None for g in grads]) if norms else b""
+        self._squares = array("d", of_grads + of_updates + of_params) if norms else None
 
     @property
     def grad_norm(self) -> float | None:

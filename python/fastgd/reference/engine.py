@@ -86,11 +86,8 @@ class Prepared:
     def steps(self) -> list[int]:
         return list(self._steps)
 
-    def set_step(self, index: int, n: int) -> None:
-        self._steps[index] = n
-
-    def reset(self, index: int) -> None:
-        """Forget the states of a parameter: none are kept here."""
+    def load(self, steps: Sequence[int]) -> None:
+        self._steps = list(steps)
 
 
 def isa() -> str:
