@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import fastgd
-from fastgd import optimizers, steps
+from fastgd import optimizers, stats, steps
 
 ROOT = Path(__file__).parents[1]
 CPP = sorted(str(p) for p in (ROOT / "csrc").rglob("*.?pp"))
@@ -58,8 +58,9 @@ def public():
                 continue
             yield f"{module.__name__}.{name}", value
             if inspect.isclass(value):
-                for method in ("add_param_group", "load_state_dict", "state_dict", "step"):
-                    yield f"{module.__name__}.{name}.{method}", getattr(value, method)
+                for method, function in inspect.getmembers(value, inspect.isfunction):
+                    if not method.startswith("_"):
+                        yield f"{module.__name__}.{name}.{method}", function
 
 
 @pytest.mark.parametrize("value", [pytest.param(value, id=name) for name, value in public()])
@@ -72,7 +73,7 @@ def test_docstring(value):
     parameters = [name for name in inspect.signature(value).parameters if name != "self"]
     section = re.search(r"^Parameters\n-+\n(.*?)(\n\n\w+\n-+\n|\Z)", doc, re.DOTALL | re.MULTILINE)
     lines = section[1].split("\n") if section else []
-    documented = [n for line in lines if re.match(r"\w", line) for n in line.split(" : ")[0].split(", ")]
+    documented = [n for line in lines if re.match(r"[\w*]", line) for n in line.split(" : ")[0].lstrip("*").split(", ")]
     assert sorted(documented) == sorted(parameters)
 
 
@@ -83,7 +84,7 @@ def test_every_module_has_a_docstring():
     assert not bare
 
 
-@pytest.mark.parametrize("module", [steps, optimizers], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [steps, optimizers, stats], ids=lambda m: m.__name__)
 def test_examples_in_docstrings(module):
     assert doctest.testmod(module, optionflags=doctest.ELLIPSIS).failed == 0
 

@@ -28,6 +28,8 @@ bool same_shape(const View& a, const View& b);
 struct Span {
     const char *begin, *end;
     bool written;
+
+    bool operator==(const Span& other) const { return begin == other.begin && end == other.end; }
 };
 Span span(const View& view, bool written);
 

@@ -22,6 +22,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     } catch (const std::runtime_error& error) {
         throw py::import_error(error.what());
     }
+    start_anew_in_forked_children();
     m.def("isa", [] { return isa(); });
     m.def("available_isas", &available_isas);
     m.def("get_num_threads", &get_num_threads);

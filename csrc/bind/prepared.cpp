@@ -2,8 +2,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <limits>
 #include <map>
+#include <mutex>
 
+#include "../cpu/pool.hpp"
 #include "arrays.hpp"
 #include "registry.hpp"
 #include "step.hpp"
@@ -19,12 +22,13 @@ class Prepared {
 
     void add(int group, py::handle params) {
         Exclusive alone(*this);
-        Items items(params);
-        for (Py_ssize_t i = 0; i < items.size(); ++i) {
-            View view;
+        const Items items(params);
+        View view;
+        for (Py_ssize_t i = 0; i < items.size(); ++i)
             if (!read(items[i], view, true)) throw py::type_error("params: expected NumPy arrays");
-            entries.push_back({py::reinterpret_borrow<py::object>(items[i]), {}, -1, group, 0});
-        }
+        std::lock_guard<std::mutex> hold(counting);
+        for (Py_ssize_t i = 0; i < items.size(); ++i)
+            entries.push_back({py::reinterpret_borrow<py::object>(items[i]), {}, -1, group, 0, {}});
         stale = true;
     }
 
@@ -35,13 +39,13 @@ class Prepared {
         const Items g(grads);
         const Extras extras(one_pass);
         const OnePass& ask = extras.ask;
-        auto fits = [&](const Items& items) { return !items.named() && items.size() == Py_ssize_t(entries.size()); };
-        if (!fits(g) || (ask.ema && !fits(*extras.ema)) || (ask.copies && !fits(*extras.copies))) return refused;
+        auto flat = [&](const Items& items) { return !items.named() && items.size() == Py_ssize_t(entries.size()); };
+        if (!flat(g) || (ask.ema && !flat(*extras.ema)) || (ask.copies && !flat(*extras.copies))) return refused;
 
         // The gradients first: nobody is asked for coefficients or states as long as one may be refused.
         struct Stepping {
             size_t index;
-            View param, grad;
+            Span param, grad;
         };
         std::vector<Stepping> stepping;
         std::vector<Span> spans;
@@ -59,10 +63,10 @@ class Prepared {
                 spans.push_back(span(more[k], true));
             }
             if (skip) continue;
-            if (!read(g[i], grad, checked) || !param.writeable || !same_shape(param, grad)) return refused;
-            if (ask.zero_grads && !(grad.writeable && (checked || injective(grad)))) return refused;
-            spans.push_back(span(grad, ask.zero_grads));
-            stepping.push_back({i, param, grad});
+            if (!read(g[i], grad, checked) || !fits(param, grad, checked, ask.zero_grads)) return refused;
+            stepping.push_back({i, span(param, true), span(grad, ask.zero_grads)});
+            spans.push_back(stepping.back().grad);
+            if (!(entries[i].mapped == stepping.back().param)) stale = true;
         }
         if (!checked && meet(spans, ask.ema || ask.copies || ask.zero_grads)) return refused;
 
@@ -70,12 +74,22 @@ class Prepared {
         std::vector<const Row*> row_of;
         row_of.reserve(stepping.size());
         for (const Stepping& s : stepping) {
+            if (entries[s.index].steps == std::numeric_limits<int64_t>::max())
+                throw py::value_error("step: expected a count below 2**63 - 1, which a parameter has reached");
             const std::pair<int, int64_t> key{entries[s.index].group, entries[s.index].steps + 1};
             auto found = rows.find(key);
             if (found == rows.end()) found = rows.emplace(key, read_row(id, coefficients(key.first, key.second))).first;
             row_of.push_back(&found->second);
         }
+        View param, view;
+        for (const Stepping& s : stepping)
+            for (const py::object& state : entries[s.index].states)
+                if (!read(entries[s.index].param.ptr(), param, true) || !fits_param(state, param, view)) return refused;
+        for (size_t k = 0; k < stepping.size(); ++k)
+            if (entries[stepping[k].index].variant != row_of[k]->variant)
+                renew(stepping[k].index, *row_of[k], initialise);
 
+        // What was called so far may have changed an array. From here on nothing calls into Python.
         std::vector<Job> jobs;
         std::vector<Py_ssize_t> index;
         Storage storage;
@@ -83,40 +97,45 @@ class Prepared {
         index.reserve(stepping.size());
         for (size_t k = 0; k < stepping.size(); ++k) {
             const Stepping& s = stepping[k];
-            Entry& entry = entries[s.index];
-            if (entry.variant != row_of[k]->variant) renew(s.index, *row_of[k], initialise);
-            View views[max_operands] = {s.param, s.grad};
+            const Entry& entry = entries[s.index];
+            View views[max_operands];
             int operands = 2;
-            for (const py::object& state : entry.states) {
-                View& view = views[operands++];
-                if (!read(state.ptr(), view, true) || !view.writeable || !same_shape(view, s.param)) return refused;
-            }
-            if (!extras.read(s.index, s.param, views, operands, checked)) return refused;
+            if (!read(entry.param.ptr(), views[0], true) || !read(g[s.index], views[1], checked) ||
+                !fits(views[0], views[1], checked, ask.zero_grads) || !(span(views[0], true) == s.param) ||
+                !(span(views[1], ask.zero_grads) == s.grad))
+                return refused;
+            for (const py::object& state : entry.states)
+                if (!fits_param(state, views[0], views[operands++])) return refused;
+            if (!extras.read(s.index, views[0], views, operands, checked)) return refused;
             jobs.push_back(describe(id, *row_of[k], views, operands, ask, storage));
             index.push_back(Py_ssize_t(s.index));
         }
         bool skipped;
         py::object result = run_jobs(jobs, ask, index, g.size(), skipped);
-        if (!skipped)
+        if (!skipped) {
+            std::lock_guard<std::mutex> hold(counting);
             for (Py_ssize_t i : index) ++entries[i].steps;
+        }
         return result;
     }
 
     std::vector<int64_t> steps() const {
+        std::lock_guard<std::mutex> hold(counting);
         std::vector<int64_t> all;
         for (const Entry& entry : entries) all.push_back(entry.steps);
         return all;
     }
 
-    void set_step(size_t index, int64_t n) {
+    // Takes new step counts and forgets all states: Python is asked for them again.
+    void load(const std::vector<int64_t>& steps) {
         Exclusive alone(*this);
-        entries.at(index).steps = n;
-    }
-
-    void reset(size_t index) {
-        Exclusive alone(*this);
-        entries.at(index).states.clear();
-        entries.at(index).variant = -1;
+        if (steps.size() != entries.size()) throw py::value_error("steps: expected one a parameter");
+        std::lock_guard<std::mutex> hold(counting);
+        for (size_t i = 0; i < entries.size(); ++i) {
+            entries[i].steps = steps[i];
+            entries[i].states.clear();
+            entries[i].variant = -1;
+        }
         stale = true;
     }
 
@@ -127,16 +146,31 @@ class Prepared {
         int variant;  // that the states were made for; -1: none were
         int group;
         int64_t steps;
+        Span mapped;  // where map_written saw the parameter
     };
 
     // One caller at a time: the GIL is released within a step, and some Pythons have none.
     struct Exclusive {
         explicit Exclusive(Prepared& p) : busy(p.busy) {
-            if (busy.exchange(true)) throw std::runtime_error("this optimizer is in the middle of a step already");
+            // A forked child has none of the threads that were stepping: what they left does not count there.
+            const uint64_t now = 1 + forks();
+            if (busy.exchange(now) == now)
+                throw std::runtime_error(
+                    "this optimizer is in the middle of a step already; step it from one thread at a time");
         }
-        ~Exclusive() { busy = false; }
-        std::atomic<bool>& busy;
+        ~Exclusive() { busy = 0; }
+        std::atomic<uint64_t>& busy;
     };
+
+    // Whether a parameter can be stepped with this gradient, which is written too if `zeroed`.
+    static bool fits(const View& param, const View& grad, bool checked, bool zeroed) {
+        if (!param.writeable || !same_shape(param, grad) || (zeroed && !grad.writeable)) return false;
+        return checked || (injective(param) && (!zeroed || injective(grad)));
+    }
+
+    static bool fits_param(const py::object& state, const View& param, View& view) {
+        return read(state.ptr(), view, true) && view.writeable && same_shape(view, param);
+    }
 
     // Asks Python for the states of parameter i.
     void renew(size_t i, const Row& row, py::handle initialise) {
@@ -154,9 +188,9 @@ class Prepared {
     // The spans of what steps write, sorted, with the furthest end up to each.
     void map_written() {
         written.clear();
-        for (const Entry& entry : entries) {
+        for (Entry& entry : entries) {
             View view;
-            if (read(entry.param.ptr(), view, true)) written.push_back(span(view, true));
+            if (read(entry.param.ptr(), view, true)) written.push_back(entry.mapped = span(view, true));
             for (const py::object& state : entry.states)
                 if (read(state.ptr(), view, true)) written.push_back(span(view, true));
         }
@@ -182,7 +216,8 @@ class Prepared {
     std::vector<Entry> entries;
     std::vector<Span> written;
     bool stale = true;
-    std::atomic<bool> busy{false};
+    std::atomic<uint64_t> busy{0};
+    mutable std::mutex counting;  // state_dict may read the counts while a step runs
 };
 
 }  // namespace
@@ -194,8 +229,7 @@ void register_prepared(py::module_& m) {
         .def("step", &Prepared::step, py::arg("grads"), py::arg("coefficients"), py::arg("initialise"),
              py::arg("checked"), py::arg("one_pass") = py::none())
         .def_property_readonly("steps", &Prepared::steps)
-        .def("set_step", &Prepared::set_step, py::arg("index"), py::arg("n"))
-        .def("reset", &Prepared::reset, py::arg("index"));
+        .def("load", &Prepared::load, py::arg("steps"));
 }
 
 }  // namespace fastgd

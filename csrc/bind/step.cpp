@@ -90,7 +90,8 @@ py::object step(py::handle name, py::handle rows, py::handle row_of, py::handle 
     for (Py_ssize_t i = 0; i < given_rows.size(); ++i) table.push_back(read_row(id, given_rows[i]));
     if (table.empty()) throw py::value_error("rows: expected at least one");
     const int count = int(s.size());
-    if (count != registry()[id].states[table[0].variant]) throw py::value_error("states: not as many as the rule has");
+    for (const Row& row : table)
+        if (count != registry()[id].states[row.variant]) throw py::value_error("states: not as many as the rule has");
 
     if (!g.alike(p) || (extras.ema && !extras.ema->alike(p)) || (extras.copies && !extras.copies->alike(p)))
         return refused;

@@ -6,6 +6,10 @@
 #include "../rules.hpp"
 #include "kernels.hpp"
 
+#if defined(_MSC_VER)
+#pragma fp_contract(off)
+#endif
+
 #if defined(__clang__)
 #define FASTGD_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #elif defined(__GNUC__)
@@ -202,6 +206,7 @@ constexpr Kernels table() {
 
 #define FASTGD_PASTE(a, b) a##b
 #define FASTGD_TABLE(isa) FASTGD_PASTE(kernels_, isa)
-extern constexpr Kernels FASTGD_TABLE(FASTGD_ISA) = table();
+extern const Kernels FASTGD_TABLE(FASTGD_ISA);
+constinit const Kernels FASTGD_TABLE(FASTGD_ISA) = table();
 
 }  // namespace fastgd

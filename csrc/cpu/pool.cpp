@@ -1,5 +1,8 @@
 #include "pool.hpp"
 
+#include <stdint.h>
+
+#include <algorithm>
 #include <atomic>
 #include <mutex>
 #include <system_error>
@@ -16,6 +19,7 @@ namespace fastgd {
 namespace {
 
 std::atomic<int> num_threads{1};
+std::atomic<uint64_t> generation{0};
 
 void pause() {
 #if defined(__x86_64__) || defined(_M_X64)
@@ -27,7 +31,7 @@ void pause() {
 
 // Spins a little, since the next step often follows at once, then parks.
 template <class T, class Until> void wait(const std::atomic<T>& value, Until until) {
-    constexpr int spins = 2000;  // some 20 to 50 microseconds
+    constexpr int spins = 2000;  // 50 microseconds on a Zen 5, more or less elsewhere
     for (int i = 0; i < spins; ++i) {
         if (until(value.load(std::memory_order_acquire))) return;
         pause();
@@ -44,15 +48,15 @@ struct Pool {
     int workers = 0;
     void (*task)(void*, int) = nullptr;
     void* context = nullptr;
-    std::atomic<int> unfinished{0};
+    alignas(64) std::atomic<int> unfinished{0};  // waited on by the caller, as job is by the workers
     // A job's number, and in its low bits how many parts it has: one word, so that a late worker never mixes two jobs.
-    std::atomic<uint64_t> job{0};
+    alignas(64) std::atomic<uint64_t> job{0};
     // The last job whose part this was given away. Every worker starts at parts of its own, the same from step to step
     // so that caches stay warm; whoever is done early takes what a late one has not begun.
-    std::atomic<uint64_t> given[max_parts] = {};
+    alignas(64) std::atomic<uint64_t> given[max_parts] = {};
 
     void share(uint64_t current, int member) {
-        const int threads = get_num_threads(), parts = int(current % job_unit);
+        const int parts = int(current % job_unit), threads = std::min(get_num_threads(), parts);
         if (member >= threads) return;
         const int first = member * parts / threads;
         for (int i = 0; i < parts; ++i) {
@@ -80,7 +84,7 @@ struct Pool {
     }
 
     void run(int parts, void (*f)(void*, int), void* c) {
-        grow(get_num_threads() - 1);
+        grow(std::min(get_num_threads(), parts) - 1);
         task = f;
         context = c;
         unfinished.store(parts, std::memory_order_relaxed);
@@ -98,10 +102,6 @@ std::atomic<Pool*> pool{nullptr};
 Pool& the_pool() {
     Pool* p = pool.load(std::memory_order_acquire);
     if (p) return *p;
-#if defined(__unix__) || defined(__APPLE__)
-    static const int registered = pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); });
-    (void)registered;
-#endif
     Pool* fresh = new Pool;
     if (pool.compare_exchange_strong(p, fresh)) return *fresh;
     delete fresh;
@@ -109,6 +109,17 @@ Pool& the_pool() {
 }
 
 }  // namespace
+
+void start_anew_in_forked_children() {
+#if defined(__unix__) || defined(__APPLE__)
+    pthread_atfork(nullptr, nullptr, [] {
+        pool.store(nullptr);
+        ++generation;
+    });
+#endif
+}
+
+uint64_t forks() { return generation.load(std::memory_order_relaxed); }
 
 int get_num_threads() { return num_threads.load(std::memory_order_relaxed); }
 void set_num_threads(int n) { num_threads.store(n, std::memory_order_relaxed); }

@@ -4,6 +4,7 @@ from fastgd import engine as _engine
 from fastgd import reference
 from fastgd.engine import __version__, config, get_num_threads, set_num_threads
 from fastgd.optimizers import SGD, Adagrad, Adam, AdamW, Lion, RMSprop
+from fastgd.stats import StepStats
 from fastgd.steps import Steps as _Steps
 
 _steps = _Steps(_engine.active)
@@ -21,6 +22,7 @@ __all__ = [
     "AdamW",
     "Lion",
     "RMSprop",
+    "StepStats",
     "__version__",
     "adagrad_step",
     "adam_step",

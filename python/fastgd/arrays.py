@@ -6,8 +6,8 @@ or raises before anything is written.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ Gradients: TypeAlias = Array | Sequence[Array | None] | Mapping[Any, Array | Non
 _MAX_WORK: Any = 1_000_000  # for np.may_share_memory, whose stubs know 0 and -1 only
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
+COPY_DTYPES = DTYPES[1:]
 
 # Array types of other libraries: what to do instead, by the first name of the module that defines the type.
 _ELSEWHERE = {
@@ -80,43 +81,70 @@ class Form:
         return [value]
 
 
+class Checked(NamedTuple):
+    """The arrays of one step, checked, as plain lists."""
+
+    params: list[Array]
+    grads: list[Array | None]
+    states: tuple[list[Array], ...]
+    ema: list[Array] | None
+    copies: list[Array] | None
+
+
 def check(
-    names: Sequence[str], params: Any, grads: Any, states: Sequence[Any]
-) -> tuple[list[Array], list[Array | None], tuple[list[Array], ...]]:
-    """Check the arrays of one step; return them as plain lists, or raise naming the argument and index.
+    names: Sequence[str],
+    params: Any,
+    grads: Any,
+    states: Sequence[Any],
+    ema: Any = None,
+    copies: Any = None,
+    zero_grads: bool = False,
+) -> Checked:
+    """Check the arrays of one step, or raise naming the argument and index.
 
     Parameters
     ----------
     names : sequence of str
         The arguments' names of ``states``.
-    params, grads, states
+    params, grads, states, ema, copies
         As the caller gave them, in any form.
+    zero_grads : bool
+        Whether the gradients are written.
     """
     form = Form(params)
     labels = form.labels("params")
     flat_params = check_params(labels, form.flatten("params", params))
     written = list(zip(labels, flat_params, strict=True))
     labels = form.labels("grads")
-    flat_grads = check_grads(labels, flat_params, form.flatten("grads", grads))
-    read = [(label, g) for label, g in zip(labels, flat_grads, strict=True) if g is not None]
-    flat_states = []
-    for name, state in zip(names, states, strict=False):  # the last names may be of states this variant has not
+    flat_grads = check_grads(labels, flat_params, form.flatten("grads", grads), zero_grads)
+    labelled_grads = [(label, g) for label, g in zip(labels, flat_grads, strict=True) if g is not None]
+
+    def checked(check: Callable[[str, Array, Any], Array], name: str, value: Any) -> list[Array]:
         labels = form.labels(name)
-        flat = [check_state(*entry) for entry in zip(labels, flat_params, form.flatten(name, state), strict=True)]
-        written += zip(labels, flat, strict=True)
-        flat_states.append(flat)
-    check_memory(written, read)
-    return flat_params, flat_grads, tuple(flat_states)
+        flat = [check(*entry) for entry in zip(labels, flat_params, form.flatten(name, value), strict=True)]
+        written.extend(zip(labels, flat, strict=True))
+        return flat
+
+    # The last names may be of states this variant has not.
+    flat_states = [checked(check_state, name, state) for name, state in zip(names, states, strict=False)]
+    flat_ema = None if ema is None else checked(check_ema, "ema", ema)
+    flat_copies = None if copies is None else checked(check_copy, "copies", copies)
+    if zero_grads:
+        check_memory(written + labelled_grads, [])
+    else:
+        check_memory(written, labelled_grads)
+    return Checked(flat_params, flat_grads, tuple(flat_states), flat_ema, flat_copies)
 
 
-def check_array(label: str, value: Any) -> Array:
+def check_array(label: str, value: Any, dtypes: Sequence[str] = DTYPES) -> Array:
     """``value`` as a plain ndarray over the same memory, or an error where it is no array or has another dtype."""
     if not isinstance(value, np.ndarray):
         raise TypeError(f"{label}: expected a numpy.ndarray, got {described(value)}{_advice(value)}")
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{label}: expected a plain array, got a masked array; fill it first, a.filled(0)")
-    check_dtype(label, value.dtype)
-    return np.asarray(value)
+    a = np.asarray(value)  # what a subclass says of itself does not count
+    check_dtype(label, a.dtype, dtypes)
+    return a
 
 
 def check_params(labels: Sequence[str], params: Sequence[Any]) -> list[Array]:
@@ -124,10 +152,13 @@ def check_params(labels: Sequence[str], params: Sequence[Any]) -> list[Array]:
     return [_writable(label, p) for label, p in zip(labels, params, strict=True)]
 
 
-def check_grads(labels: Sequence[str], params: Sequence[Array], grads: Sequence[Any]) -> list[Array | None]:
-    """Check that each gradient is None or an array of its parameter's shape."""
+def check_grads(
+    labels: Sequence[str], params: Sequence[Array], grads: Sequence[Any], zero: bool = False
+) -> list[Array | None]:
+    """Check that each gradient is None or an array of its parameter's shape; to be zeroed, one that can be written."""
+    check = _writable if zero else check_array
     return [
-        None if g is None else _shaped(label, p, check_array(label, g))
+        None if g is None else _shaped(label, p, check(label, g))
         for label, p, g in zip(labels, params, grads, strict=True)
     ]
 
@@ -137,6 +168,26 @@ def check_state(label: str, param: Array, state: Any) -> Array:
     if state is None:
         raise ValueError(f"{label}: missing; pass an array of shape {param.shape}, zeros before the first step")
     return _shaped(label, param, _writable(label, state))
+
+
+def check_ema(label: str, param: Array, average: Any) -> Array:
+    """Check that an average is an array of its parameter's shape that can be written."""
+    if average is None:
+        raise ValueError(f"{label}: missing; pass an array of shape {param.shape}, a copy of the parameter at first")
+    return _shaped(label, param, _writable(label, average))
+
+
+def check_copy(label: str, param: Array, copy: Any) -> Array:
+    """Check that a copy is an array of its parameter's shape, and of a dtype no wider, that can be written."""
+    if copy is None:
+        raise ValueError(f"{label}: missing; pass an array of shape {param.shape} to take the new parameter")
+    a = _shaped(label, param, _writable(label, copy, COPY_DTYPES))
+    if a.itemsize > param.itemsize:
+        raise ValueError(
+            f"{label}: expected a dtype no wider than its parameter's, {param.dtype}, got {a.dtype}; "
+            "pass a narrower array, or a wider parameter"
+        )
+    return a
 
 
 def check_memory(written: Sequence[tuple[str, Array]], read: Sequence[tuple[str, Array]]) -> None:
@@ -171,10 +222,10 @@ def described(value: Any) -> str:
     return type(value).__name__ if module == "builtins" else f"{module.partition('.')[0]}.{type(value).__name__}"
 
 
-def check_dtype(label: str, dtype: np.dtype[Any]) -> None:
-    """Raise where ``dtype`` is none of the four."""
-    if dtype.name not in DTYPES:
-        raise TypeError(f"{label}: expected dtype {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got {dtype}")
+def check_dtype(label: str, dtype: np.dtype[Any], dtypes: Sequence[str] = DTYPES) -> None:
+    """Raise where ``dtype`` is none of ``dtypes``."""
+    if dtype.name not in dtypes:
+        raise TypeError(f"{label}: expected dtype {', '.join(dtypes[:-1])} or {dtypes[-1]}, got {dtype}")
     if not dtype.isnative:
         raise TypeError(
             f"{label}: expected a dtype in this machine's byte order, got {dtype.str!r}; "
@@ -182,8 +233,8 @@ def check_dtype(label: str, dtype: np.dtype[Any]) -> None:
         )
 
 
-def _writable(label: str, value: Any) -> Array:
-    a = check_array(label, value)
+def _writable(label: str, value: Any, dtypes: Sequence[str] = DTYPES) -> Array:
+    a = check_array(label, value, dtypes)
     if not a.flags.writeable:
         raise ValueError(f"{label}: expected an array that can be written, got a read-only one; pass a copy of it")
     if _overlaps_itself(a):

@@ -150,18 +150,18 @@ def _betas(betas: Any) -> tuple[float, float]:
 
 def non_negative(name: str, value: Any) -> float:
     """``value`` as a float, or an error that calls it ``name``."""
-    return _checked(name, value, lambda x: 0.0 <= x < inf, "a finite number >= 0")
+    return checked(name, value, lambda x: 0.0 <= x < inf, "a finite number >= 0")
 
 
 def _below_one(name: str, value: Any) -> float:
-    return _checked(name, value, lambda x: 0.0 <= x < 1.0, "a number with 0 <= number < 1")
+    return checked(name, value, lambda x: 0.0 <= x < 1.0, "a number with 0 <= number < 1")
 
 
 def _finite(name: str, value: Any) -> float:
-    return _checked(name, value, isfinite, "a finite number")
+    return checked(name, value, isfinite, "a finite number")
 
 
-def _checked(name: str, value: Any, valid: Callable[[float], bool], expected: str) -> float:
+def checked(name: str, value: Any, valid: Callable[[float], bool], expected: str) -> float:
     number = _real(value)
     if number is None:
         raise TypeError(f"{name}: expected {expected}, got {_described(value)}")
@@ -172,7 +172,9 @@ def _checked(name: str, value: Any, valid: Callable[[float], bool], expected: st
 
 def _real(value: Any) -> float | None:
     """``value`` as a float, or None where it is not a real number: a Python or NumPy number, or a 0-d array of one."""
-    if hasattr(value, "item") and getattr(value, "shape", None) == ():
+    if hasattr(value, "item") and getattr(value, "shape", None) == () and not hasattr(value, "mask"):
+        if getattr(value.dtype, "kind", "f") in "mM":  # of a time, item gives an int
+            return None
         value = value.item()
     if isinstance(value, (str, bytes, bytearray, complex)) or hasattr(value, "shape"):
         return None

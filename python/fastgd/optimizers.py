@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from copy import deepcopy
-from typing import Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 
-from fastgd import arrays, coefficients, engine
+from fastgd import arrays, coefficients, engine, onepass
 from fastgd.arrays import Array, Arrays
+from fastgd.onepass import OnePass
+from fastgd.stats import StepStats
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Lr: TypeAlias = float | Callable[[int], float]
 Params: TypeAlias = Arrays | Sequence[dict[str, Any]]
@@ -44,6 +49,7 @@ class Optimizer:
         self._last_lr: list[Any] = []  # by group
         self._params: list[Array] = []  # by parameter, over all groups
         self._labels: list[str] = []
+        self._names: Sequence[Hashable] = []  # what a StepStats calls them
         self._group_of: list[int] = []
         self._state: list[dict[str, Array]] = []
         self._prepared = self._engine.Prepared(self._rule)
@@ -72,7 +78,7 @@ class Optimizer:
             raise ValueError(f"{label}: expected the key 'params', got {list(param_group)}")
         self._add_group(param_group, f"{label}['params']")
 
-    def step(self, grads: Any) -> None:
+    def step(self, grads: Any, **one_pass: Unpack[OnePass]) -> StepStats | None:
         """Update every parameter that has a gradient, and its state, in place.
 
         Parameters
@@ -80,6 +86,15 @@ class Optimizer:
         grads : array, list, tuple or dict of arrays
             In the form of the parameters; with several groups a list of one entry a group, or one flat list. None
             skips a parameter: neither it, nor its state, nor its step count moves.
+        **one_pass
+            What to do in the same sweep: ``grad_scale``, ``max_norm``, ``skip_nonfinite``, ``ema`` with
+            ``ema_decay``, ``copies``, ``zero_grads``, ``stats``; see `fastgd.onepass.OnePass`. ``ema`` and ``copies``
+            have any form that `grads` may have.
+
+        Returns
+        -------
+        StepStats or None
+            With ``stats`` or ``skip_nonfinite``; else None.
 
         Raises
         ------
@@ -89,10 +104,12 @@ class Optimizer:
             Shapes, lengths or forms that differ, gradients that overlap parameters or state, a hyperparameter out of
             range. Nothing has changed then.
         """
-        if type(grads) is dict and len(self._forms) == 1 and list(grads) == self._forms[0].keys:
-            grads = list(grads.values())
-        if not self._prepared.step(grads, self._row, self._initialise, False):
+        if one_pass:
+            return self._one_pass(grads, one_pass)
+        flat = self._listed(grads) if type(grads) is dict else grads
+        if not self._prepared.step(flat, self._row, self._initialise, False):
             self._check_and_step(grads)
+        return None
 
     @property
     def state(self) -> dict[int, dict[str, Array]]:
@@ -178,13 +195,11 @@ class Optimizer:
             variant = self._row_of(groups[self._group_of[i]], 1, 0.0)[0]
             steps[i], states[i] = self._read_state(label, entry, self._params[i], self._keys(variant))
 
+        self._prepared.load(steps)  # first: it refuses in the middle of a step
         for i, group in enumerate(self.param_groups):
             self._last_lr[i] = saved_groups[i].get("lr")
             group.update(groups[i])
         self._state[:] = states
-        for i, n in enumerate(steps):
-            self._prepared.reset(i)
-            self._prepared.set_step(i, n)
 
     def __repr__(self) -> str:
         lines = [type(self).__name__ + " ("]
@@ -202,9 +217,9 @@ class Optimizer:
         self.__dict__.update(state)
         self._params = [np.asarray(p) for group in self.param_groups for p in group["params"]]
         self._prepared = self._engine.Prepared(self._rule)
-        for i, p in enumerate(self._params):
-            self._prepared.add(self._group_of[i], [p])
-            self._prepared.set_step(i, state["_prepared"][i])
+        for group, p in zip(self._group_of, self._params, strict=True):
+            self._prepared.add(group, [p])
+        self._prepared.load(state["_prepared"])
 
     def _row_of(self, group: Mapping[str, Any], step: int, lr: Any) -> coefficients.Row:
         """The row of a group's hyperparameters, with ``lr`` called already."""
@@ -222,9 +237,12 @@ class Optimizer:
         """The row of a group for one step count: called by the engine, in a step, before anything is written."""
         group = self.param_groups[index]
         lr = group["lr"]
-        if callable(lr):
-            lr = self._last_lr[index] = lr(step)
-        return self._row_of(group, step, lr)
+        if not callable(lr):
+            return self._row_of(group, step, lr)
+        lr = lr(step)
+        row = self._row_of(group, step, lr)
+        self._last_lr[index] = lr
+        return row
 
     def _initialise(self, index: int, variant: int) -> tuple[Array, ...]:
         """The states of a parameter: called by the engine where it has none, or another number of them."""
@@ -290,37 +308,80 @@ class Optimizer:
         self._labels += labels
         self._group_of += [index] * len(params)
         self._state += [{} for _ in params]
+        keys = [key for form in self._forms for key in form.keys or ()]
+        self._names = keys if len(set(keys)) == len(self._params) else range(len(self._params))
 
-    def _check_and_step(self, grads: Any) -> None:
-        """What the engine did not take as it came: raise what is wrong with it, or step it as a plain list."""
-        labels, flat = self._flatten(grads)
-        checked = arrays.check_grads(labels, self._params, flat)
+    def _one_pass(self, grads: Any, one_pass: OnePass) -> StepStats | None:
+        """A step with more than the step asked of it."""
+        ask = onepass.read(f"{type(self).__name__}.step", one_pass)
+        last_lr = list(self._last_lr)
+        flat = self._listed(grads)
+        flat_ask = ask._replace(ema=self._listed(ask.ema), copies=self._listed(ask.copies))
+        result = self._prepared.step(flat, self._row, self._initialise, False, flat_ask)
+        if result is False:
+            result = self._check_and_step(grads, ask)
+            flat = self._flatten("grads", grads)[1]
+        if result is True:
+            return None
+        entries = flat if isinstance(flat, (list, tuple)) else [flat]
+        stats = StepStats(self._names, entries, result, ask.stats)
+        if stats.skipped:
+            self._last_lr[:] = last_lr
+        return stats
+
+    def _check_and_step(self, grads: Any, ask: onepass.Ask = onepass.NOTHING) -> Any:
+        """What the engine did not take as it came: raise what is wrong with it, or step it as plain lists."""
+        labels, flat = self._flatten("grads", grads)
+        checked = arrays.check_grads(labels, self._params, flat, ask.zero_grads)
+        labelled_grads = [(label, g) for label, g in zip(labels, checked, strict=True) if g is not None]
         # Parameters and states again: their owner may have made one read-only since, or changed its shape.
         written = list(zip(self._labels, arrays.check_params(self._labels, self._params), strict=True))
         for i, (param, state) in enumerate(zip(self._params, self._state, strict=True)):
             labelled = [(f"state[{i}][{key!r}]", a) for key, a in state.items()]
             written += [(label, arrays.check_state(label, param, a)) for label, a in labelled]
-        arrays.check_memory(written, [(label, g) for label, g in zip(labels, checked, strict=True) if g is not None])
-        if not self._prepared.step(checked, self._row, self._initialise, True):
-            raise RuntimeError(f"{self._rule}: the engine refused gradients that were checked; please report this")
+        if ask.ema is not None:
+            labels, flat = self._flatten("ema", ask.ema)
+            ask = ask._replace(ema=[*map(arrays.check_ema, labels, self._params, flat)])
+            written += zip(labels, ask.ema, strict=True)
+        if ask.copies is not None:
+            labels, flat = self._flatten("copies", ask.copies)
+            ask = ask._replace(copies=[*map(arrays.check_copy, labels, self._params, flat)])
+            written += zip(labels, ask.copies, strict=True)
+        if ask.zero_grads:
+            arrays.check_memory(written + labelled_grads, [])
+        else:
+            arrays.check_memory(written, labelled_grads)
+        result = self._prepared.step(checked, self._row, self._initialise, True, ask)
+        if result is False:
+            raise RuntimeError(
+                f"{self._rule}: the arrays changed during the step, or this is a bug to report; nothing was stepped"
+            )
+        return result
 
-    def _flatten(self, grads: Any) -> tuple[list[str], list[Any]]:
-        """Labels and entries of the gradients, over all groups."""
-        listed = isinstance(grads, (list, tuple))
-        if listed and any(isinstance(entry, (list, tuple, Mapping)) for entry in grads):  # an entry a group
-            if len(grads) != len(self._forms):
-                raise ValueError(f"grads: expected {len(self._forms)} entries, one a group, got {len(grads)}")
+    def _listed(self, value: Any) -> Any:
+        """A dict whose keys are the parameters', in their order, as the list that the engine takes."""
+        if type(value) is dict and len(self._forms) == 1 and list(value) == self._forms[0].keys:
+            return list(value.values())
+        return value
+
+    def _flatten(self, name: str, value: Any) -> tuple[list[str], list[Any]]:
+        """Labels and entries of an argument, over all groups."""
+        listed = isinstance(value, (list, tuple))
+        nested = listed and any(isinstance(entry, (list, tuple, Mapping)) for entry in value)
+        if nested and (len(self._forms) > 1 or len(value) == 1):  # an entry a group
+            if len(value) != len(self._forms):
+                raise ValueError(f"{name}: expected {len(self._forms)} entries, one a group, got {len(value)}")
             labels, flat = [], []
-            for i, (form, entry) in enumerate(zip(self._forms, grads, strict=True)):
-                labels += form.labels(f"grads[{i}]")
-                flat += form.flatten(f"grads[{i}]", entry, f"params of group {i}")
+            for i, (form, entry) in enumerate(zip(self._forms, value, strict=True)):
+                labels += form.labels(f"{name}[{i}]")
+                flat += form.flatten(f"{name}[{i}]", entry, f"params of group {i}")
             return labels, flat
         form = self._forms[0]
         if listed or len(self._forms) > 1 or (form.kind == "list" and len(self._params) > 1):
             form = arrays.Form(self._params)
-        elif not isinstance(grads, Mapping) and len(self._params) == 1:
-            form = arrays.Form(grads)
-        return form.labels("grads"), form.flatten("grads", grads)
+        elif not isinstance(value, Mapping) and len(self._params) == 1:
+            form = arrays.Form(value)
+        return form.labels(name), form.flatten(name, value)
 
 
 class SGD(Optimizer):
@@ -602,9 +663,10 @@ class Lion(Optimizer):
 def _read_step(label: str, value: Any) -> int:
     """A step count, which torch saves as a 0-d float tensor."""
     number = coefficients.non_negative(label, value)
-    if number != int(number) or number >= 2.0**63:
-        raise ValueError(f"{label}: expected an integer below 2**63, got {number!r}")
     try:
-        return operator.index(value)  # exact beyond 2**53 too
+        step = operator.index(value)  # exact beyond 2**53 too
     except TypeError:
-        return int(number)
+        step = int(number) if number.is_integer() else -1
+    if not 0 <= step < 2**63 - 1:
+        raise ValueError(f"{label}: expected an integer below 2**63 - 1, got {value!r}")
+    return step

@@ -5,13 +5,18 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from fastgd import arrays, coefficients
+from fastgd import arrays, coefficients, onepass
 from fastgd.arrays import Arrays, Gradients
+from fastgd.onepass import OnePass
+from fastgd.stats import StepStats
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Step: TypeAlias = int | Sequence[int] | Mapping[Any, int] | npt.NDArray[Any]
 
@@ -46,7 +51,8 @@ class Steps:
         nesterov: bool = False,
         maximize: bool = False,
         step: Step | None = None,
-    ) -> None:
+        **one_pass: Unpack[OnePass],
+    ) -> StepStats | None:
         """Take a step of gradient descent, with plain or Nesterov momentum, in place.
 
         Parameters
@@ -71,6 +77,14 @@ class Steps:
             Step up the gradient instead of down.
         step : int, or one per parameter, optional
             The 1-based number of this step. It matters with `dampening` only; None means "not the first".
+        **one_pass
+            What to do in the same sweep: ``grad_scale``, ``max_norm``, ``skip_nonfinite``, ``ema`` with
+            ``ema_decay``, ``copies``, ``zero_grads``, ``stats``; see `fastgd.onepass.OnePass`.
+
+        Returns
+        -------
+        StepStats or None
+            With ``stats`` or ``skip_nonfinite``; else None.
 
         Raises
         ------
@@ -108,8 +122,11 @@ class Steps:
             if momentum_buffers is None:
                 raise _missing("momentum_buffers", "momentum")
             states = (momentum_buffers,)
+        if one_pass:
+            return self._one_pass("sgd", rows, row_of, params, grads, states, ("momentum_buffers",), one_pass)
         if not self._engine.step("sgd", rows, row_of, params, grads, states, False):
             self._check_and_step("sgd", rows, row_of, params, grads, states, ("momentum_buffers",))
+        return None
 
     def adam_step(
         self,
@@ -125,7 +142,8 @@ class Steps:
         weight_decay: float = 0.0,
         max_exp_avg_sqs: Arrays | None = None,
         maximize: bool = False,
-    ) -> None:
+        **one_pass: Unpack[OnePass],
+    ) -> StepStats | None:
         """Take a step of Adam, or with `max_exp_avg_sqs` of AMSGrad, in place.
 
         Parameters
@@ -150,6 +168,14 @@ class Steps:
             Largest average of squares so far: passing it makes this AMSGrad. Updated in place.
         maximize : bool
             Step up the gradient instead of down.
+        **one_pass
+            What to do in the same sweep: ``grad_scale``, ``max_norm``, ``skip_nonfinite``, ``ema`` with
+            ``ema_decay``, ``copies``, ``zero_grads``, ``stats``; see `fastgd.onepass.OnePass`.
+
+        Returns
+        -------
+        StepStats or None
+            With ``stats`` or ``skip_nonfinite``; else None.
 
         Raises
         ------
@@ -178,8 +204,11 @@ class Steps:
             numbers, row_of = _numbers(step, params)
             rows = [coefficients.adam(n, lr, betas, eps, weight_decay, amsgrad, maximize) for n in numbers]
         states = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs) if amsgrad else (exp_avgs, exp_avg_sqs)
+        if one_pass:
+            return self._one_pass("adam", rows, row_of, params, grads, states, _ADAM_STATES, one_pass)
         if not self._engine.step("adam", rows, row_of, params, grads, states, False):
             self._check_and_step("adam", rows, row_of, params, grads, states, _ADAM_STATES)
+        return None
 
     def adamw_step(
         self,
@@ -195,7 +224,8 @@ class Steps:
         weight_decay: float = 1e-2,
         max_exp_avg_sqs: Arrays | None = None,
         maximize: bool = False,
-    ) -> None:
+        **one_pass: Unpack[OnePass],
+    ) -> StepStats | None:
         """Take a step of AdamW, or with `max_exp_avg_sqs` of its AMSGrad variant, in place.
 
         Parameters
@@ -220,6 +250,14 @@ class Steps:
             Largest average of squares so far: passing it makes this AMSGrad. Updated in place.
         maximize : bool
             Step up the gradient instead of down.
+        **one_pass
+            What to do in the same sweep: ``grad_scale``, ``max_norm``, ``skip_nonfinite``, ``ema`` with
+            ``ema_decay``, ``copies``, ``zero_grads``, ``stats``; see `fastgd.onepass.OnePass`.
+
+        Returns
+        -------
+        StepStats or None
+            With ``stats`` or ``skip_nonfinite``; else None.
 
         Raises
         ------
@@ -242,8 +280,11 @@ class Steps:
             numbers, row_of = _numbers(step, params)
             rows = [coefficients.adamw(n, lr, betas, eps, weight_decay, amsgrad, maximize) for n in numbers]
         states = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs) if amsgrad else (exp_avgs, exp_avg_sqs)
+        if one_pass:
+            return self._one_pass("adamw", rows, row_of, params, grads, states, _ADAM_STATES, one_pass)
         if not self._engine.step("adamw", rows, row_of, params, grads, states, False):
             self._check_and_step("adamw", rows, row_of, params, grads, states, _ADAM_STATES)
+        return None
 
     def adagrad_step(
         self,
@@ -257,7 +298,8 @@ class Steps:
         weight_decay: float = 0.0,
         eps: float = 1e-10,
         maximize: bool = False,
-    ) -> None:
+        **one_pass: Unpack[OnePass],
+    ) -> StepStats | None:
         """Take a step of Adagrad in place.
 
         Parameters
@@ -280,6 +322,14 @@ class Steps:
             Added to the denominator, >= 0.
         maximize : bool
             Step up the gradient instead of down.
+        **one_pass
+            What to do in the same sweep: ``grad_scale``, ``max_norm``, ``skip_nonfinite``, ``ema`` with
+            ``ema_decay``, ``copies``, ``zero_grads``, ``stats``; see `fastgd.onepass.OnePass`.
+
+        Returns
+        -------
+        StepStats or None
+            With ``stats`` or ``skip_nonfinite``; else None.
 
         Raises
         ------
@@ -304,8 +354,11 @@ class Steps:
         else:
             numbers, row_of = _numbers(step, params)
             rows = [coefficients.adagrad(n, lr, lr_decay, weight_decay, eps, maximize) for n in numbers]
+        if one_pass:
+            return self._one_pass("adagrad", rows, row_of, params, grads, (state_sums,), ("state_sums",), one_pass)
         if not self._engine.step("adagrad", rows, row_of, params, grads, (state_sums,), False):
             self._check_and_step("adagrad", rows, row_of, params, grads, (state_sums,), ("state_sums",))
+        return None
 
     def rmsprop_step(
         self,
@@ -322,7 +375,8 @@ class Steps:
         centered: bool = False,
         grad_avgs: Arrays | None = None,
         maximize: bool = False,
-    ) -> None:
+        **one_pass: Unpack[OnePass],
+    ) -> StepStats | None:
         """Take a step of RMSprop, plain or centred, with or without momentum, in place.
 
         Parameters
@@ -352,6 +406,14 @@ class Steps:
             Updated in place.
         maximize : bool
             Step up the gradient instead of down.
+        **one_pass
+            What to do in the same sweep: ``grad_scale``, ``max_norm``, ``skip_nonfinite``, ``ema`` with
+            ``ema_decay``, ``copies``, ``zero_grads``, ``stats``; see `fastgd.onepass.OnePass`.
+
+        Returns
+        -------
+        StepStats or None
+            With ``stats`` or ``skip_nonfinite``; else None.
 
         Raises
         ------
@@ -386,8 +448,11 @@ class Steps:
                 raise _missing("momentum_buffers", "momentum")
             states += (momentum_buffers,)
             names += ("momentum_buffers",)
+        if one_pass:
+            return self._one_pass("rmsprop", [row], None, params, grads, states, names, one_pass)
         if not self._engine.step("rmsprop", [row], None, params, grads, states, False):
             self._check_and_step("rmsprop", [row], None, params, grads, states, names)
+        return None
 
     def lion_step(
         self,
@@ -399,7 +464,8 @@ class Steps:
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
         maximize: bool = False,
-    ) -> None:
+        **one_pass: Unpack[OnePass],
+    ) -> StepStats | None:
         """Take a step of Lion in place.
 
         Parameters
@@ -418,6 +484,14 @@ class Steps:
             Decoupled decay, >= 0: each step shrinks the parameters by ``lr * weight_decay``.
         maximize : bool
             Step up the gradient instead of down.
+        **one_pass
+            What to do in the same sweep: ``grad_scale``, ``max_norm``, ``skip_nonfinite``, ``ema`` with
+            ``ema_decay``, ``copies``, ``zero_grads``, ``stats``; see `fastgd.onepass.OnePass`.
+
+        Returns
+        -------
+        StepStats or None
+            With ``stats`` or ``skip_nonfinite``; else None.
 
         Raises
         ------
@@ -435,8 +509,11 @@ class Steps:
             m = beta2 * m + (1 - beta2) * g
         """
         rows = [coefficients.lion(lr, betas, weight_decay, maximize)]
+        if one_pass:
+            return self._one_pass("lion", rows, None, params, grads, (exp_avgs,), ("exp_avgs",), one_pass)
         if not self._engine.step("lion", rows, None, params, grads, (exp_avgs,), False):
             self._check_and_step("lion", rows, None, params, grads, (exp_avgs,), ("exp_avgs",))
+        return None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _over, (self._engine.__name__,)  # so that a step can be copied and pickled: a module cannot
@@ -450,11 +527,39 @@ class Steps:
         grads: Any,
         states: tuple[Any, ...],
         names: Sequence[str],
-    ) -> None:
+        ask: onepass.Ask = onepass.NOTHING,
+    ) -> Any:
         """What the engine did not take as it came: raise what is wrong with it, or step it as plain lists."""
-        params, grads, states = arrays.check(names, params, grads, states)
-        if not self._engine.step(rule, rows, row_of, params, grads, states, True):
+        checked = arrays.check(names, params, grads, states, ask.ema, ask.copies, ask.zero_grads)
+        ask = ask._replace(ema=checked.ema, copies=checked.copies)
+        result = self._engine.step(rule, rows, row_of, checked.params, checked.grads, checked.states, True, ask)
+        if result is False:
             raise RuntimeError(f"{rule}: the engine refused arrays that were checked; please report this")
+        return result
+
+    def _one_pass(
+        self,
+        rule: str,
+        rows: list[coefficients.Row],
+        row_of: list[int] | None,
+        params: Any,
+        grads: Any,
+        states: tuple[Any, ...],
+        names: Sequence[str],
+        one_pass: OnePass,
+    ) -> StepStats | None:
+        """A step with more than the step asked of it."""
+        ask = onepass.read(f"{rule}_step", one_pass)
+        result = self._engine.step(rule, rows, row_of, params, grads, states, False, ask)
+        if result is False:
+            result = self._check_and_step(rule, rows, row_of, params, grads, states, names, ask)
+        if result is True:
+            return None
+        if isinstance(params, Mapping):
+            return StepStats(list(params), [grads[key] for key in params], result, ask.stats)
+        if isinstance(params, (list, tuple)):
+            return StepStats(range(len(params)), grads, result, ask.stats)
+        return StepStats([0], [grads], result, ask.stats)
 
 
 _ADAM_STATES = ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")

@@ -8,6 +8,8 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+MOST = 1024  # parts that a step is cut into
+
 
 def checked(n: Any, name: str = "n") -> int:
     """`n` as a count of threads."""
@@ -17,8 +19,8 @@ def checked(n: Any, name: str = "n") -> int:
         number = operator.index(n)
     except TypeError:
         raise TypeError(f"{name}: expected an int >= 1, got {n!r} of type {type(n).__name__}") from None
-    if number < 1:
-        raise ValueError(f"{name}: expected an int >= 1, got {number}")
+    if not 1 <= number <= MOST:
+        raise ValueError(f"{name}: expected an int from 1 to {MOST}, got {number}")
     return number
 
 
@@ -26,7 +28,7 @@ def default() -> int:
     """FASTGD_NUM_THREADS, else the CPUs that affinity and the cgroup's quota leave to this process."""
     asked = os.environ.get("FASTGD_NUM_THREADS")
     if asked:
-        if not asked.strip().isdigit():
+        if not (asked.isascii() and asked.strip().isdigit()):
             raise ValueError(f"FASTGD_NUM_THREADS: expected an integer >= 1, got {asked!r}; unset it for the default")
         return checked(int(asked), "FASTGD_NUM_THREADS")
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 import fastgd
+from fastgd import StepStats
 from fastgd.cli.stop import Stop
+from fastgd.dynamics import verdict
 
 Array = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
@@ -24,8 +29,13 @@ HIDDEN = 128
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the demo's options."""
-    parser.add_argument("--plot", metavar="PATH", default="fastgd-demo.png", help="where to save the loss curve")
-    parser.add_argument("--no-plot", action="store_const", const=None, dest="plot", help="save no plot")
+    parser.add_argument(
+        "--plot",
+        metavar="PATH",
+        default="fastgd-demo.png",
+        help="where to save the loss curve; the norms go beside it, as fastgd-demo-norms.png",
+    )
+    parser.add_argument("--no-plot", action="store_const", const=None, dest="plot", help="save no plots")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,14 +64,19 @@ def digits(plot: str | None) -> bool:
     train, test = load_data()
     print(f"Handwritten digits: {len(train[1])} to learn from, {len(test[1])} held out; {EPOCHS} epochs of AdamW.")
 
-    network, losses, seconds = fit(*train, step=fastgd.adamw_step, title="training")
+    network, losses, stats, seconds = fit(*train, step=fastgd.adamw_step, title="training")
     print(f"accuracy: {accuracy(network, *test):.3f}")
+    print(verdict(losses, stats))
     print()
-    _, twin_losses, _ = fit(*train, step=fastgd.reference.adamw_step, title="the twin")
-    same = losses == twin_losses
+    _, twin_losses, twin_stats, _ = fit(*train, step=fastgd.reference.adamw_step, title="the twin")
+    same = losses == twin_losses and norms(stats) == norms(twin_stats)
     print(f"loss, fastgd:               {losses[-1]!r}")
     print(f"loss, the twin (NumPy):     {twin_losses[-1]!r}")
-    print("Equal to the last bit, at every step." if same else "NOT EQUAL: this is a bug, please report it.")
+    print(
+        "Equal to the last bit at every step, and so are all norms."
+        if same
+        else "NOT EQUAL: this is a bug, please report it."
+    )
     print()
 
     print("Where the time went")
@@ -70,9 +85,13 @@ def digits(plot: str | None) -> bool:
         print(f"  {part:<9}{spent:7.3f} s {100 * spent / total:5.1f} %")
 
     if plot is not None:
-        save_plot(losses, plot)
+        beside = Path(plot)
+        beside = beside.with_name(f"{beside.stem}-norms{beside.suffix}")
+        save_plot({"loss": losses}, "cross-entropy", plot)
+        save_plot(norms(stats), "L2 norm", beside)
         print()
         print(f"The loss curve was saved to {plot}")
+        print(f"The norms of gradient, update and parameters were saved to {beside}")
     return same
 
 
@@ -117,16 +136,18 @@ def backward(network: Network, images: Array, labels: Labels, hidden: Array, pro
 
 
 def fit(
-    images: Array, labels: Labels, step: Callable[..., object], title: str
-) -> tuple[Network, list[float], dict[str, float]]:
-    """Train a new network; return it, the loss of every step, and the seconds that each part of a step took."""
+    images: Array, labels: Labels, step: Callable[..., Any], title: str
+) -> tuple[Network, list[float], list[StepStats], dict[str, float]]:
+    """Train a new network; return it, loss and stats of every step, and the seconds that each part of a step took."""
     from tqdm import tqdm
 
+    gc.collect()  # or what the imports left behind is collected in the middle of a step, and counted with it
     rng = np.random.default_rng(0)
     network = new_network(rng)
     exp_avgs = [np.zeros_like(w) for w in network]
     exp_avg_sqs = [np.zeros_like(w) for w in network]
     losses = []
+    stats = []
     clock = []
 
     for t, batch in enumerate(tqdm(batches(rng, len(labels)), title, unit="step", ncols=80), start=1):
@@ -140,11 +161,12 @@ def fit(
         grads = backward(network, x, y, hidden, probabilities)
         backward_done = perf_counter()
 
-        step(network, grads, exp_avgs, exp_avg_sqs, step=t, lr=1e-3)
+        told = step(network, grads, exp_avgs, exp_avg_sqs, step=t, lr=1e-3, stats=True, skip_nonfinite=True)
+        stats.append(told)
         clock.append([begin, forward_done, backward_done, perf_counter()])
 
     seconds = np.diff(clock, axis=1).sum(axis=0)
-    return network, losses, dict(zip(("forward", "backward", "step"), seconds.tolist(), strict=True))
+    return network, losses, stats, dict(zip(("forward", "backward", "step"), seconds.tolist(), strict=True))
 
 
 def batches(rng: np.random.Generator, count: int) -> list[npt.NDArray[np.intp]]:
@@ -159,21 +181,32 @@ def accuracy(network: Network, images: Array, labels: Labels) -> float:
     return float((probabilities.argmax(axis=1) == labels).mean())
 
 
-def save_plot(losses: list[float], path: str) -> None:
-    """Save the loss of every step, and its mean over an epoch, as a picture."""
+def norms(stats: Sequence[StepStats]) -> dict[str, list[float | None]]:
+    """Return the three norms over the run."""
+    return {
+        "parameters": [s.param_norm for s in stats],
+        "gradient": [s.grad_norm for s in stats],
+        "update": [s.update_norm for s in stats],
+    }
+
+
+def save_plot(curves: Mapping[str, Sequence[float | None]], label: str, path: str | Path) -> None:
+    """Save curves over the steps, each with its mean over an epoch, as a picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-
-    per_epoch = len(losses) // EPOCHS
-    means = np.reshape(losses, (EPOCHS, per_epoch)).mean(axis=1)
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.semilogy(losses, linewidth=0.5, alpha=0.4, label="each step")
-    axes.semilogy((np.arange(EPOCHS) + 0.5) * per_epoch, means, label="mean over an epoch")
-    axes.set(xlabel="step", ylabel="cross-entropy", title="fastgd demo: handwritten digits, AdamW")
-    axes.legend()
+    for name, values in curves.items():
+        per_epoch = len(values) // EPOCHS
+        means = np.reshape(np.array(values, float), (EPOCHS, per_epoch)).mean(axis=1)
+        middles = (np.arange(EPOCHS) + 0.5) * per_epoch
+        (line,) = axes.semilogy(values, linewidth=0.5, alpha=0.4)
+        axes.semilogy(middles, means, color=line.get_color())
+        axes.annotate(f" {name}", (len(values), means[-1]), color=line.get_color(), va="center", annotation_clip=False)
+    axes.set_xlim(0, len(values))
+    axes.set(xlabel="step; thick: mean over an epoch", ylabel=label, title="fastgd demo: handwritten digits, AdamW")
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:  # ValueError: an extension that matplotlib does not know

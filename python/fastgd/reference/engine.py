@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
+from fastgd.onepass import Ask
 from fastgd.reference import adagrad, adam, adamw, lion, rmsprop, sgd
-from fastgd.reference.round import rounded
+from fastgd.reference.onepass import Job, run
 
 _rules: dict[str, ModuleType] = {
     "sgd": sgd,
@@ -33,31 +32,17 @@ def step(
     grads: Any,
     states: tuple[Any, ...],
     checked: bool,
-) -> bool:
+    one_pass: tuple[Any, ...] | None = None,
+) -> Any:
     """One step over arrays that ``fastgd.arrays`` has checked and flattened; unchecked arrays are sent there."""
     if not checked:
         return False
-    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
-        if g is not None:
-            row = rows[0 if row_of is None else row_of[i]]
-            _update(rule, row, p, g, [state[i] for state in states])
-    return True
-
-
-def _update(rule: str, row: tuple[Any, ...], p: Any, g: Any, states: Sequence[Any]) -> None:
-    """Update one parameter and its states in place."""
-    module = _rules[rule]
-    variant, *numbers = row
-    flags = module.Flags(*(bool(variant >> bit & 1) for bit in range(len(module.Flags._fields))))
-    compute = np.float64 if p.dtype == np.float64 else np.float32
-    with np.errstate(all="ignore"):
-        sign, *coefficients = (compute(number) for number in numbers)
-        wide = (a.astype(compute, copy=False) for a in states)
-        new = module.update(
-            flags, module.Coefficients(*coefficients), p.astype(compute), sign * g.astype(compute), *wide
-        )
-        for array, value in zip((p, *states), new, strict=True):
-            array[...] = rounded(value, array.dtype)
+    jobs = {
+        i: Job(_rules[rule], rows[0 if row_of is None else row_of[i]], p, g, [state[i] for state in states])
+        for i, (p, g) in enumerate(zip(params, grads, strict=True))
+        if g is not None
+    }
+    return run(jobs, len(params), Ask(*one_pass or ()))
 
 
 class Prepared:
@@ -80,27 +65,29 @@ class Prepared:
         coefficients: Callable[[int, int], tuple[Any, ...]],
         initialise: Callable[[int, int], tuple[Any, ...]],
         checked: bool,
-    ) -> bool:
+        one_pass: tuple[Any, ...] | None = None,
+    ) -> Any:
         if not checked:
             return False
         stepping = [i for i, g in enumerate(grads) if g is not None]
         keys = {i: (self._groups[i], self._steps[i] + 1) for i in stepping}
         rows = {key: coefficients(*key) for key in dict.fromkeys(keys.values())}
-        states = {i: initialise(i, rows[keys[i]][0]) for i in stepping}
+        jobs = {}
         for i in stepping:
-            _update(self._rule, rows[keys[i]], self._params[i], grads[i], states[i])
-            self._steps[i] += 1
-        return True
+            row = rows[keys[i]]
+            jobs[i] = Job(_rules[self._rule], row, self._params[i], grads[i], initialise(i, row[0]))
+        result = run(jobs, len(self._params), Ask(*one_pass or ()))
+        if result is True or not result[0]:  # not skipped
+            for i in stepping:
+                self._steps[i] += 1
+        return result
 
     @property
     def steps(self) -> list[int]:
         return list(self._steps)
 
-    def set_step(self, index: int, n: int) -> None:
-        self._steps[index] = n
-
-    def reset(self, index: int) -> None:
-        """Forget the states of a parameter: none are kept here."""
+    def load(self, steps: Sequence[int]) -> None:
+        self._steps = list(steps)
 
 
 def isa() -> str:

@@ -8,22 +8,23 @@ import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import fastgd
-from fastgd.cli.bench import core
+from fastgd.cli.bench import core, one_pass
 from fastgd.cli.bench.case import settings, workloads
 from fastgd.cli.bench.machine import described
 from fastgd.cli.bench.peers import PEERS
 from fastgd.cli.bench.report import Report
 from fastgd.cli.stop import Stop
 
-SUITES = {"core": core}
+SUITES = {"core": core, "pass": one_pass}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the benchmark's options."""
     parser.add_argument("--suite", choices=SUITES, default="core", help="what to measure")
-    parser.add_argument("--sections", nargs="+", choices=core.SECTIONS, metavar="NAME", help="only these of the suite")
+    parser.add_argument("--sections", nargs="+", choices=_sections(), metavar="NAME", help="only these of the suite")
     parser.add_argument(
         "--rules", nargs="+", metavar="NAME", help="only these rules (momentum, nesterov: variants of sgd)"
     )
@@ -41,6 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="PATH", help="save the roofline: bytes per second by size")
 
 
+def _sections() -> list[str]:
+    return list(dict.fromkeys(name for suite in SUITES.values() for name in suite.SECTIONS))
+
+
 def size(text: str) -> int:
     """Read a number of elements such as 1000, 100Ki or 64Mi."""
     match = re.fullmatch(r"(\d+) ?(Ki|Mi|Gi)?", text)
@@ -56,6 +61,10 @@ def run(args: argparse.Namespace) -> int:
     unknown = [name for name in args.rules or () if name not in settings()]
     if unknown:
         raise Stop(f"--rules: there is no {' or '.join(unknown)}, only {', '.join(settings())}")
+    suite: Any = SUITES[args.suite]
+    missing = [name for name in args.sections or () if name not in suite.SECTIONS]
+    if missing:
+        raise Stop(f"--sections: {args.suite} has no {' or '.join(missing)}, only {', '.join(suite.SECTIONS)}")
     if args.plot is not None and find_spec("matplotlib") is None:
         raise Stop('--plot needs matplotlib: pip install "fastgd[demo]"')
     for path in (args.json, args.plot):
@@ -64,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
     report = Report(described())
     print(report.header(), flush=True)
-    SUITES[args.suite].run(args, report)
+    suite.run(args, report)
     print(report.closing())
     if args.json is not None:
         args.json.write_text(json.dumps(report.as_dict(), indent=1) + "\n")

@@ -90,11 +90,24 @@ class Case:
         read = sum(g.nbytes for g in self.grads)
         return read + 2 * sum(a.nbytes for arrays in (self.params, *self.states) for a in arrays)
 
+    @property
+    def slack(self) -> float:
+        """By how much contenders may differ for reasons that are no rounding."""
+        return 0.0
+
+    def form(self, role: list[Any]) -> Any:
+        """The arrays of a role as a step takes them."""
+        return role[0] if self.single else role
+
+    def written(self) -> list[Array]:
+        """What contenders must agree on."""
+        return self.params
+
     def reset(self) -> None:
         """Set all arrays to where every contender starts from."""
-        for arrays, values in ((self.params, _params()), (self.grads, _grads())):
+        for arrays, values in ((self.params, param_values()), (self.grads, grad_values())):
             for a in arrays:
-                _fill(a, values)
+                fill(a, values)
         for states in self.states:
             for a in states:
                 a.fill(0)
@@ -119,19 +132,20 @@ class Memory:
 
 
 @cache
-def _params() -> Array:
+def param_values() -> Array:
+    """Of both signs, some near 0."""
     return np.random.default_rng(0).standard_normal(1 << 16, np.float32)
 
 
 @cache
-def _grads() -> Array:
+def grad_values() -> Array:
     """Of both signs and away from zero, where rules that place eps differently would differ."""
     rng = np.random.default_rng(1)
     grads = rng.choice([-1, 1], 1 << 16) * rng.uniform(0.01, 1, 1 << 16)
     return grads.astype(np.float32)
 
 
-def _fill(array: Array, values: Array) -> None:
+def fill(array: Array, values: Array) -> None:
     """The values, over and over; much quicker than new random numbers, and any array begins with the same."""
     flat = array.reshape(-1)
     whole = flat.size // values.size * values.size

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable
-from itertools import count
 from math import prod
-from typing import Any
 
 import numpy as np
 
 import fastgd
-from fastgd.cli.bench.case import Array, Case, Memory, Setting, settings, workloads
-from fastgd.cli.bench.machine import available_memory
-from fastgd.cli.bench.measure import LIMIT, OURS, Contender, Result, compete, difference, steps_taken
+from fastgd.cli.bench.case import Case, Memory, Setting, settings, workloads
+from fastgd.cli.bench.contest import agreeing, as_class, fits, installed, limit, ours, patience, result
+from fastgd.cli.bench.measure import OURS, Contender, Result, compete, steps_taken
 from fastgd.cli.bench.peers import PEERS, Peer
 from fastgd.cli.bench.report import Report, Section, elements_in_words
 
@@ -37,7 +35,7 @@ def run(args: argparse.Namespace, report: Report) -> None:
 def sizes(args: argparse.Namespace, report: Report) -> None:
     """Every rule on one array, from one element to far beyond the caches."""
     for n in args.sizes or (_QUICK_SIZES if args.quick else _SIZES):
-        if not _fits(n * 4 * _COPIES, f"one array of {elements_in_words(n)}", report):
+        if not fits(n * 4 * _COPIES, f"one array of {elements_in_words(n)}", report):
             continue
         memory = Memory(elements_in_words(n), [(n,)], single=True)
         section = report.begin("size", f"One array: {elements_in_words(n)}, float32")
@@ -49,7 +47,7 @@ def lists(args: argparse.Namespace, report: Report) -> None:
     for model in args.lists or (_QUICK_LISTS if args.quick else _LISTS):
         shapes = workloads()[model]
         n = sum(map(prod, shapes))
-        if not _fits(n * 4 * (_COPIES + 4), model, report):
+        if not fits(n * 4 * (_COPIES + 4), model, report):
             continue
         memory = Memory(model, shapes)
         section = report.begin("list", f"{model}: {len(shapes)} arrays, {elements_in_words(n)}, float32")
@@ -62,15 +60,15 @@ def small(args: argparse.Namespace, report: Report) -> None:
     w, g = np.array([1.0], np.float32), np.array([1e-3], np.float32)
     names = {"sgd_step": fastgd.sgd_step, "w": w, "g": g, "lr": 1e-3}
     statements = [Contender(OURS, "sgd_step(w, g, lr)", names), Contender("numpy", "w -= lr * g", names)]
-    section.add(Result("one element, `w -= lr * g`", 1, 1, 0, compete(statements, *_patience(args))))
+    section.add(Result("one element, `w -= lr * g`", 1, 1, 0, compete(statements, *patience(args))))
 
     setting = settings()["adamw"]
     case = Memory("366 x 8", [(8,)] * 366).case(setting)
     case.reset()
-    contenders = [_as_class(case, OURS), *_torch_classes(args, case)]
+    contenders = [as_class(case, OURS), *_torch_classes(args, case)]
     for contender in contenders:
         contender.seconds(3)
-    section.add(Result("class AdamW, 366 arrays of 8", case.elements, 366, 0, compete(contenders, *_patience(args))))
+    section.add(Result("class AdamW, 366 arrays of 8", case.elements, 366, 0, compete(contenders, *patience(args))))
     section.finish()
 
 
@@ -83,14 +81,14 @@ def bfloat16(args: argparse.Namespace, report: Report) -> None:
         return
     section = report.begin("bfloat16", "AdamW, bfloat16 parameters and gradients, float32 state")
     for n in [_MI] if args.quick else [_MI, 64 * _MI]:
-        if not _fits(n * 20, f"bfloat16, {elements_in_words(n)}", report):
+        if not fits(n * 20, f"bfloat16, {elements_in_words(n)}", report):
             continue
         case = Memory(elements_in_words(n), [(n,)], single=True).case(settings()["adamw"])
         case.reset()
         case.params, case.grads = ([a.astype(dtype) for a in role] for role in (case.params, case.grads))
         case.flat = [role[0] for role in (case.params, case.grads, *case.states)]
-        contenders = [_limit(case), _ours(case)]
-        section.add(_result(case, case.label, compete(contenders, *_patience(args))))
+        contenders = [limit(case), ours(case)]
+        section.add(result(case, case.label, compete(contenders, *patience(args))))
     section.finish()
 
 
@@ -99,12 +97,12 @@ def growth(args: argparse.Namespace, report: Report) -> None:
     section = report.begin("growth", "Cost of an element, SGD, float32")
     setting = settings()["sgd"]
     for n in [4**i * _MI for i in range(3 if args.quick else 6)]:
-        if not _fits(n * 8 if args.huge else n * 16, f"SGD on {elements_in_words(n)}", report):
+        if not fits(n * 8 if args.huge else n * 16, f"SGD on {elements_in_words(n)}", report):
             continue
         case = Memory(elements_in_words(n), [(n,)], single=True, roles=2).case(setting)
         case.reset()
-        contenders = [_limit(case), _ours(case)]
-        section.add(_result(case, case.label, compete(contenders, *_patience(args))))
+        contenders = [limit(case), ours(case)]
+        section.add(result(case, case.label, compete(contenders, *patience(args))))
     section.finish()
 
 
@@ -123,71 +121,20 @@ def _all_rules(args: argparse.Namespace, section: Section, memory: Memory, repor
     for setting in _settings(args):
         case = memory.case(setting)
         case.reset()
-        ours = _ours(case)
-        expected = steps_taken(ours)
-        contenders = [_limit(case), ours]
+        function = ours(case)
+        expected = steps_taken(function)
+        contenders = [limit(case), function]
         if not case.single:
-            contenders.append(_as_class(case))
+            contenders.append(as_class(case))
         for peer in peers:
             if peer.most_arrays is not None and len(case.params) > peer.most_arrays and not args.thorough:
                 report.note(f"{peer.name}: left out on lists, which take it minutes to compile (--thorough)")
                 continue
-            contender = _agreeing(peer, case, expected, report)
+            contender = agreeing(peer.name, peer.contend, case, expected, report)
             if contender is not None:
                 contenders.append(contender)
-        section.add(_result(case, setting.name, compete(contenders, *_patience(args))))
+        section.add(result(case, setting.name, compete(contenders, *patience(args))))
     section.finish()
-
-
-def _agreeing(peer: Peer, case: Case, expected: list[Array], report: Report) -> Contender | None:
-    """The peer, if it has the rule and its first steps are ours."""
-    case.reset()
-    where = f"{peer.name}, {case.setting.name}, {case.label}"
-    try:
-        contender = peer.contend(case)
-        if contender is None:
-            return None
-        wrong = difference(expected, steps_taken(contender))
-    except Exception as error:  # whatever is wrong with a peer must not end the run
-        report.note(f"{where}: failed with {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}")
-        return None
-    if wrong is not None:
-        report.note(f"{where}: left out, it does not compute the same step (a difference of {wrong:.2g})")
-        return None
-    return contender
-
-
-def _ours(case: Case) -> Contender:
-    """The step as a function, on a bare array or a list."""
-    step: Any = getattr(fastgd, f"{case.setting.rule}_step")
-    params, grads, *states = (role[0] if case.single else role for role in (case.params, case.grads, *case.states))
-    keywords = dict(zip(case.setting.states, states, strict=True)) | dict(case.setting.hyper)
-    numbers = count(1)
-
-    def numbered() -> None:
-        step(params, grads, step=next(numbers), **keywords)
-
-    def plain() -> None:
-        step(params, grads, **keywords)
-
-    return Contender(OURS, numbered if case.setting.numbered else plain, params=lambda: case.params)
-
-
-def _as_class(case: Case, label: str = f"{OURS} class") -> Contender:
-    """The same step through the optimizer class, which has read the parameters once."""
-    (name,) = (name for name in dir(fastgd) if name.lower() == case.setting.rule)
-    optimizer = getattr(fastgd, name)(case.params, **case.setting.hyper)
-    grads = case.grads
-    return Contender(label, lambda: optimizer.step(grads), params=lambda: case.params)
-
-
-def _limit(case: Case) -> Contender:
-    """A loop that only reads the gradients, and reads and rewrites all else, threaded as a step is."""
-    from fastgd._core import stream
-
-    first, read, *others = case.flat  # parameters, gradients, states
-    writes = [first, *others]
-    return Contender(LIMIT, lambda: stream(read, writes))
 
 
 def _torch_classes(args: argparse.Namespace, case: Case) -> Iterable[Contender]:
@@ -207,33 +154,10 @@ def _torch_classes(args: argparse.Namespace, case: Case) -> Iterable[Contender]:
         yield Contender(f"torch {form}", optimizer.step)
 
 
-def _result(case: Case, label: str, times: dict[str, list[float]]) -> Result:
-    return Result(label, case.elements, len(case.params), case.bytes, times)
-
-
 def _peers(args: argparse.Namespace, report: Report) -> Iterable[Peer]:
-    """The peers asked for that are installed; one line for each that is not."""
     names = args.peers if args.peers is not None else [n for n in PEERS if not (args.quick and n == "torch.compile")]
-    for name in names:
-        if PEERS[name].installed:
-            yield PEERS[name]
-        else:
-            report.note(f"{name}: not installed")
+    return installed((PEERS[name] for name in names), report)
 
 
 def _settings(args: argparse.Namespace) -> list[Setting]:
     return [settings()[name] for name in args.rules or (_QUICK_RULES if args.quick else settings())]
-
-
-def _patience(args: argparse.Namespace) -> tuple[int, float]:
-    """The rounds and the seconds of a case."""
-    rounds = args.rounds or (5 if args.quick else 11)
-    return rounds, args.seconds or (1.0 if args.quick else 4.0)
-
-
-def _fits(needed: int, what: str, report: Report) -> bool:
-    available = available_memory()
-    if available is None or needed < available:
-        return True
-    report.note(f"{what}: left out, it needs {needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are free")
-    return False

@@ -36,6 +36,7 @@ class Contender:
     names: dict[str, Any] = field(default_factory=dict)  # the statement's variables
     params: Callable[[], Sequence[Array]] | None = None  # what it has stepped; None: nothing to check
     restore: Callable[[], None] | None = None  # for who spoils its gradients: brings them back, in the check only
+    prepare: Callable[[], None] | None = None  # called before every step and outside its timing, which is of one step
 
     def __post_init__(self) -> None:
         setup = ", ".join(self.names)  # as local variables: a statement such as w -= g makes them so
@@ -75,23 +76,24 @@ class Result:
 def steps_taken(contender: Contender) -> list[Array]:
     """Take some steps and return a sample of the parameters."""
     for _ in range(_STEPS):
-        if contender.restore is not None:
-            contender.restore()
+        for before in (contender.restore, contender.prepare):
+            if before is not None:
+                before()
         contender.seconds(1)
     assert contender.params is not None
-    return [_sample(p) for p in contender.params()]
+    return [sample(p) for p in contender.params()]
 
 
-def difference(ours: Sequence[Array], theirs: Sequence[Array]) -> float | None:
-    """The largest difference between two samples; None where they agree."""
+def difference(ours: Sequence[Array], theirs: Sequence[Array], slack: float = 0.0) -> float | None:
+    """The largest difference between two samples; None where they agree, with so much slack beside rounding."""
     pairs = zip(ours, theirs, strict=True)
     worst = float(np.max([np.max(np.abs(a - b) / (1 + np.abs(a)), initial=0) for a, b in pairs]))
-    return None if worst <= _TOLERANCE else worst
+    return None if worst <= _TOLERANCE + slack else worst
 
 
-def _sample(param: Array) -> Array:
+def sample(array: Array) -> Array:
     """Some thousand elements, the last ones among them."""
-    flat = np.asarray(param).reshape(-1)
+    flat = np.asarray(array).reshape(-1)
     return np.concatenate([flat[:: max(1, flat.size // 4096)], flat[-64:]])
 
 
@@ -112,7 +114,8 @@ def compete(contenders: Sequence[Contender], rounds: int, seconds: float) -> dic
     dict
         The seconds of one step, by contender and round.
     """
-    repeats = [_repeats(c) for c in contenders]
+    short = [c.seconds(1) <= _LONG for c in contenders]
+    repeats = [_repeats(c) if s and c.prepare is None else 1 for c, s in zip(contenders, short, strict=True)]
     times: dict[str, list[float]] = {c.name: [] for c in contenders}
     end = time.perf_counter() + seconds
     for i in range(rounds):
@@ -120,18 +123,18 @@ def compete(contenders: Sequence[Contender], rounds: int, seconds: float) -> dic
             break
         order = [(i + k) % len(contenders) for k in range(len(contenders))]
         for k in order if i % 2 == 0 else reversed(order):
-            if repeats[k] > 1:
+            contender = contenders[k]
+            if short[k]:
                 time.sleep(_SETTLE)
-                contenders[k].seconds(1)
-            times[contenders[k].name].append(contenders[k].seconds(repeats[k]) / repeats[k])
+                contender.seconds(1)
+            if contender.prepare is not None:
+                contender.prepare()
+            times[contender.name].append(contender.seconds(repeats[k]) / repeats[k])
     return times
 
 
 def _repeats(contender: Contender) -> int:
-    """How many steps make one timing."""
-    once = contender.seconds(1)
-    if once > _LONG:
-        return 1
+    """How many short steps make one timing."""
     steps = 1
     while True:
         spent = contender.seconds(steps)

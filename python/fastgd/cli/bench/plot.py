@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgd.cli.bench.measure import LIMIT, OURS, Result
-from fastgd.cli.bench.peers import PEERS
+from fastgd.cli.bench.peers import CHAINS, PEERS
 from fastgd.cli.bench.report import Report
 from fastgd.cli.stop import Stop
 
@@ -35,7 +35,7 @@ def save_roofline(report: Report, path: Path) -> None:
     styles: dict[str, dict[str, Any]] = {
         LIMIT: {"color": "0.75", "linewidth": 5, "zorder": 1},
         OURS: {"color": "black", "linewidth": 2, "zorder": 3},
-        **{peer: {"color": f"C{i}", "linewidth": 1} for i, peer in enumerate(PEERS)},
+        **{name: {"color": f"C{i}", "linewidth": 1} for i, name in enumerate([*PEERS, *(c.name for c in CHAINS)])},
     }
     columns = min(4, len(rules))
     lines = -(-len(rules) // columns)

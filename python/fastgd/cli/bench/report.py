@@ -17,6 +17,7 @@ class Section:
     kind: str  # the section of the suite
     title: str
     results: list[Result] = field(default_factory=list)
+    timed_peers: bool = False  # whether the best peer's time is told, too
 
     def add(self, result: Result) -> None:
         """Take a row; a terminal sees that something happens."""
@@ -37,6 +38,7 @@ class Section:
         head = ["", OURS]
         head += ["per element"] * (self.kind == "growth") + ["GB/s", "of limit"] * limited
         head += others + ["best peer"] * any(result.peers() for result in self.results)
+        head += ["its time"] * ("best peer" in head and self.timed_peers)
         return _aligned([head, *(self._row(result, head, others) for result in self.results)])
 
     def _row(self, result: Result, head: Sequence[str], others: Sequence[str]) -> list[str]:
@@ -48,6 +50,7 @@ class Section:
             "GB/s": f"{result.rate() / 1e9:.1f}",
             "of limit": f"{result.ratio(LIMIT):.2f}" if LIMIT in result.times else "-",
             "best peer": f"{min(peers.values()):.2f}" if peers else "-",
+            "its time": _time(result.seconds(min(peers, key=peers.__getitem__))) if peers else "-",
         }
         cells |= {name: f"{result.ratio(name):.2f}" if name in result.times else "-" for name in others}
         return [cells[column] for column in head]
@@ -61,9 +64,9 @@ class Report:
     sections: list[Section] = field(default_factory=list)
     notes: dict[str, None] = field(default_factory=dict)  # an ordered set
 
-    def begin(self, kind: str, title: str) -> Section:
+    def begin(self, kind: str, title: str, *, timed_peers: bool = False) -> Section:
         """Start a section."""
-        self.sections.append(Section(kind, title))
+        self.sections.append(Section(kind, title, timed_peers=timed_peers))
         return self.sections[-1]
 
     def note(self, text: str) -> None:

@@ -31,6 +31,12 @@ class Peer:
         return contender
 
 
+# What takes the place of the one pass: torch's separate calls, in the two orders that are worth comparing.
+CHAINS = [
+    Peer("torch, check apart", "torch", "torch_chain", "check_apart"),
+    Peer("torch, check by norm", "torch", "torch_chain", "check_by_norm"),
+]
+
 PEERS = {
     peer.name: peer
     for peer in (

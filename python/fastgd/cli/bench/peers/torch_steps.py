@@ -74,8 +74,11 @@ RULES: dict[str, Callable[..., Step]] = {
 }
 
 
+UNFUSED = ("rmsprop", "lion")
+
+
 def fused(case: Case) -> Contender | None:
-    return None if case.setting.name in ("rmsprop", "lion") else _contender("torch fused", case, fused=True)
+    return None if case.setting.name in UNFUSED else _contender("torch fused", case, fused=True)
 
 
 def foreach(case: Case) -> Contender | None:
