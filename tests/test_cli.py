@@ -76,7 +76,9 @@ def test_demo(tmp_path, capsys):
     assert "twin" in out and "Equal to the last bit" in out
     assert all(re.search(rf"^\s+{part}\s+\d+\.\d+ s\s+\d+\.\d %$", out, re.MULTILINE) for part in ("forward", "step"))
     assert "100%" in progress
-    assert plot.read_bytes().startswith(b"\x89PNG") and str(plot) in out
+    for saved in (plot, tmp_path / "loss-norms.png"):
+        assert saved.read_bytes().startswith(b"\x89PNG") and str(saved) in out
+    assert "\nThe learning rate is neither too large nor far too small: a step changes the parameters by " in out
 
 
 def test_demo_that_cannot_save_says_so(tmp_path, capsys):

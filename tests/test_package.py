@@ -65,16 +65,17 @@ def test_import_takes_numpy_alone():
 
 SIGNATURES = {
     "sgd_step": "(params, grads, lr, *, momentum_buffers=None, momentum=0.0, dampening=0.0, weight_decay=0.0, "
-    "nesterov=False, maximize=False, step=None)",
+    "nesterov=False, maximize=False, step=None, **one_pass)",
     "adam_step": "(params, grads, exp_avgs, exp_avg_sqs, *, step, lr=0.001, betas=(0.9, 0.999), eps=1e-08, "
-    "weight_decay=0.0, max_exp_avg_sqs=None, maximize=False)",
+    "weight_decay=0.0, max_exp_avg_sqs=None, maximize=False, **one_pass)",
     "adamw_step": "(params, grads, exp_avgs, exp_avg_sqs, *, step, lr=0.001, betas=(0.9, 0.999), eps=1e-08, "
-    "weight_decay=0.01, max_exp_avg_sqs=None, maximize=False)",
+    "weight_decay=0.01, max_exp_avg_sqs=None, maximize=False, **one_pass)",
     "adagrad_step": "(params, grads, state_sums, *, step, lr=0.01, lr_decay=0.0, weight_decay=0.0, eps=1e-10, "
-    "maximize=False)",
+    "maximize=False, **one_pass)",
     "rmsprop_step": "(params, grads, square_avgs, *, lr=0.01, alpha=0.99, eps=1e-08, weight_decay=0.0, momentum=0.0, "
-    "momentum_buffers=None, centered=False, grad_avgs=None, maximize=False)",
-    "lion_step": "(params, grads, exp_avgs, *, lr=0.0001, betas=(0.9, 0.99), weight_decay=0.0, maximize=False)",
+    "momentum_buffers=None, centered=False, grad_avgs=None, maximize=False, **one_pass)",
+    "lion_step": "(params, grads, exp_avgs, *, lr=0.0001, betas=(0.9, 0.99), weight_decay=0.0, maximize=False, "
+    "**one_pass)",
 }
 
 
@@ -90,4 +91,5 @@ def test_all_is_what_there_is():
     public = {name for name in vars(fastgd) if not name.startswith("_")}
     assert set(fastgd.__all__) - {"__version__"} <= public
     modules = {"arrays", "coefficients", "engine", "optimizers", "steps", "threads", "cli", "reference"}
+    modules |= {"dynamics", "onepass", "stats"}
     assert public - set(fastgd.__all__) <= modules
