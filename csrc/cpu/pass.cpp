@@ -10,6 +10,15 @@
 #include "float_control.hpp"
 #include "pool.hpp"
 
+#if defined(__GNUC__)
+#define FASTGD_PREFETCH(address) __builtin_prefetch(address)
+#elif defined(_M_X64)
+#include <immintrin.h>
+#define FASTGD_PREFETCH(address) _mm_prefetch(address, _MM_HINT_T0)
+#else
+#define FASTGD_PREFETCH(address) ((void)(address))
+#endif
+
 namespace fastgd {
 namespace {
 
@@ -53,6 +62,17 @@ void store(const Operand& x, Compute compute, int64_t begin, int64_t n, const vo
                  [&](char* to, int64_t stride, int64_t count, int64_t done) {
                      narrow(count, static_cast<const char*>(from) + done * wide, to, stride);
                  });
+}
+
+// Asks for the elements two tiles on: with more to do on a tile than the rule, the memory would wait for it.
+void prefetch(const Job& job, int64_t begin) {
+    for (int k = 0; k < job.operands; ++k) {
+        const Operand& x = job.operand[k];
+        if (x.ndim) continue;
+        const int64_t size = itemsize(x.dtype);
+        const char* from = x.data + (begin + 2 * tile) * size;
+        for (int64_t i = 0; i < tile * size; i += 64) FASTGD_PREFETCH(from + i);
+    }
 }
 
 void zero(const Operand& x, int64_t begin, int64_t n) {
@@ -157,6 +177,7 @@ void step(Call& call, size_t index, int64_t begin, int64_t end) {
     double update_lanes[lanes] = {}, param_lanes[lanes] = {};
     for (; begin < end; begin += tile) {
         const int64_t n = std::min(tile, end - begin);
+        if (!ask.plain() && end - begin >= 3 * tile) prefetch(job, begin);
         void* x[max_operands];
         for (int k = 0; k < states_end; ++k) x[k] = load(job.operand[k], compute, begin, n, tiles.operand[k], kernels);
         if (ask.grad_scale != 1 || ask.clip) {
