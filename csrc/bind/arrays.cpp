@@ -81,7 +81,10 @@ bool read(PyObject* array, View& view, bool any_subclass) {
 }
 
 bool same_shape(const View& a, const View& b) {
-    return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape);
+    if (a.ndim != b.ndim) return false;
+    for (int d = 0; d < a.ndim; ++d)  // std::equal would call memcmp, for a number or four
+        if (a.shape[d] != b.shape[d]) return false;
+    return true;
 }
 
 Span span(const View& view, bool written) {
@@ -124,8 +127,13 @@ bool injective(const View& view) {
     return true;
 }
 
-Job describe(RuleId rule, const Row& row, const View* views, int operands, const OnePass& ask, Storage& storage) {
-    Job job{views[0].size(), rule, &row, compute_of(views[0].dtype), operands, {}, {}};
+void describe(Job& job, RuleId rule, const Row& row, const View* views, int operands, const OnePass& ask,
+              Storage& storage) {
+    job.n = views[0].size();
+    job.rule = rule;
+    job.row = &row;
+    job.compute = compute_of(views[0].dtype);
+    job.operands = operands;
     bool c = true, f = !ask.stats, aligned = true;
     for (int k = 0; k < operands; ++k) {
         job.operand[k] = {views[k].data, views[k].dtype, 0, nullptr, nullptr};
@@ -134,10 +142,9 @@ Job describe(RuleId rule, const Row& row, const View* views, int operands, const
         aligned = aligned && reinterpret_cast<uintptr_t>(views[k].data) % itemsize(views[k].dtype) == 0;
     }
     job.gradient = job.operand[1];
-    if ((c && aligned) || job.n == 0) return job;
+    if ((c && aligned) || job.n == 0) return;
     if (!(f && aligned)) arrange(job.operand, views, operands, !ask.stats, storage);
     if (ask.reads_first()) arrange(&job.gradient, views + 1, 1, false, storage);
-    return job;
 }
 
 }  // namespace fastgd

@@ -41,6 +41,7 @@ bool injective(const View& view);
 
 // The job of one parameter: views are its operands. The storage takes shapes and strides where the job needs them.
 using Storage = std::vector<std::vector<int64_t>>;
-Job describe(RuleId rule, const Row& row, const View* views, int operands, const OnePass& ask, Storage& storage);
+void describe(Job& job, RuleId rule, const Row& row, const View* views, int operands, const OnePass& ask,
+              Storage& storage);
 
 }  // namespace fastgd

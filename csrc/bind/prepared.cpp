@@ -71,15 +71,16 @@ class Prepared {
         if (!checked && meet(spans, ask.ema || ask.copies || ask.zero_grads)) return refused;
 
         std::map<std::pair<int, int64_t>, Row> rows;  // nodes stay where they are: jobs point to them
+        auto last = rows.end();
         std::vector<const Row*> row_of;
         row_of.reserve(stepping.size());
         for (const Stepping& s : stepping) {
             if (entries[s.index].steps == std::numeric_limits<int64_t>::max())
                 throw py::value_error("step: expected a count below 2**63 - 1, which a parameter has reached");
             const std::pair<int, int64_t> key{entries[s.index].group, entries[s.index].steps + 1};
-            auto found = rows.find(key);
-            if (found == rows.end()) found = rows.emplace(key, read_row(id, coefficients(key.first, key.second))).first;
-            row_of.push_back(&found->second);
+            if (last == rows.end() || last->first != key) last = rows.find(key);
+            if (last == rows.end()) last = rows.emplace(key, read_row(id, coefficients(key.first, key.second))).first;
+            row_of.push_back(&last->second);
         }
         View param, view;
         for (const Stepping& s : stepping)
@@ -107,7 +108,7 @@ class Prepared {
             for (const py::object& state : entry.states)
                 if (!fits_param(state, views[0], views[operands++])) return refused;
             if (!extras.read(s.index, views[0], views, operands, checked)) return refused;
-            jobs.push_back(describe(id, *row_of[k], views, operands, ask, storage));
+            describe(jobs.emplace_back(), id, *row_of[k], views, operands, ask, storage);
             index.push_back(Py_ssize_t(s.index));
         }
         bool skipped;

@@ -128,7 +128,7 @@ py::object step(py::handle name, py::handle rows, py::handle row_of, py::handle 
         Py_ssize_t row = 0;
         if (!row_of.is_none()) row = PyLong_AsSsize_t(py::object(row_of[py::int_(i)]).ptr());
         if (row < 0 || row >= Py_ssize_t(table.size())) throw py::value_error("row_of: no such row");
-        jobs.push_back(describe(id, table[row], views, operands, extras.ask, storage));
+        describe(jobs.emplace_back(), id, table[row], views, operands, extras.ask, storage);
         index.push_back(i);
     }
     if (!checked && !disjoint(spans)) return refused;

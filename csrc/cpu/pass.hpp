@@ -18,6 +18,8 @@ struct Operand {
 
 // One parameter with its gradient and states, operands in that order, and what else the call has for it.
 struct Job {
+    Job() {}  // leaves all of it to be filled: zeroing it first would be felt over hundreds of small arrays
+
     int64_t n;
     RuleId rule;
     const Row* row;
