@@ -82,13 +82,19 @@ class Prepared {
             if (last == rows.end()) last = rows.emplace(key, read_row(id, coefficients(key.first, key.second))).first;
             row_of.push_back(&last->second);
         }
-        View param, view;
-        for (const Stepping& s : stepping)
-            for (const py::object& state : entries[s.index].states)
-                if (!read(entries[s.index].param.ptr(), param, true) || !fits_param(state, param, view)) return refused;
+        bool renewing = false;
         for (size_t k = 0; k < stepping.size(); ++k)
-            if (entries[stepping[k].index].variant != row_of[k]->variant)
-                renew(stepping[k].index, *row_of[k], initialise);
+            renewing = renewing || entries[stepping[k].index].variant != row_of[k]->variant;
+        if (renewing) {
+            View param, view;
+            for (const Stepping& s : stepping)
+                for (const py::object& state : entries[s.index].states)
+                    if (!read(entries[s.index].param.ptr(), param, true) || !fits_param(state, param, view))
+                        return refused;
+            for (size_t k = 0; k < stepping.size(); ++k)
+                if (entries[stepping[k].index].variant != row_of[k]->variant)
+                    renew(stepping[k].index, *row_of[k], initialise);
+        }
 
         // What was called so far may have changed an array. From here on nothing calls into Python.
         std::vector<Job> jobs;
