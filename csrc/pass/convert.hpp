@@ -35,7 +35,7 @@ FASTGD_FN float to_odd(double x) {
     uint32_t u = bits_of(nearest);
     double a = x < 0 ? -x : x, b = nearest < 0 ? -double(nearest) : double(nearest);
     uint32_t odd = b > a ? u - 1 : u + 1;
-    return float_of(a == b || x != x || (u & 1) ? u : odd);
+    return float_of(a == b || (u & 1) ? u : odd);
 }
 
 // Comparisons are signed: AVX2 has no others.
