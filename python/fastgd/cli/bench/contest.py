@@ -32,7 +32,7 @@ def ours(case: Case, label: str = OURS, **one_pass: Any) -> Contender:
 
 
 def as_class(case: Case, label: str = f"{OURS} class", **one_pass: Any) -> Contender:
-    """The same step through the optimizer class, which has read the parameters once."""
+    """The same step through the optimizer class, which keeps parameters and states."""
     (name,) = (name for name in dir(fastgd) if name.lower() == case.setting.rule)
     optimizer = getattr(fastgd, name)(case.params, **case.setting.hyper)
     grads = case.grads
