@@ -27,7 +27,7 @@ constexpr int64_t grain = 64 * 1024;  // bytes a thread must have to do to be wo
 constexpr int64_t several = 1 << 20;  // bytes a thread must have to do for its share to be cut in four
 static_assert(block % tile == 0 && tile % lanes == 0);
 
-// A tile of each operand, of the gradient as it came, and of the parameter before the step.
+// A tile of each operand, and of the parameter before the step; where a gradient is counted, of it as it came.
 struct alignas(64) Tiles {
     char operand[max_operands][tile * sizeof(double)];
     char before[tile * sizeof(double)];
