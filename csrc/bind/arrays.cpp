@@ -6,6 +6,9 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
+
+#include "dlpack.hpp"
 
 namespace py = pybind11;
 
@@ -36,6 +39,71 @@ bool dtype_of(PyObject* descr, Dtype& dtype) {
     }
 }
 
+// A type whose tensors are read through its DLPack exchange API.
+struct Learned {
+    PyTypeObject* type;
+    PyObject* lazy;
+    int (*read)(void* object, dlpack::Tensor* out);
+};
+constexpr int most_learned = 16;
+Learned learned_types[most_learned];  // only ever grows
+std::atomic<int> learned_count{0};
+
+const Learned* learned(PyTypeObject* type) {
+    const int count = learned_count.load(std::memory_order_acquire);
+    for (int i = 0; i < count; ++i)
+        if (learned_types[i].type == type) return &learned_types[i];
+    return nullptr;
+}
+
+bool dtype_of(const dlpack::DataType& type, Dtype& dtype) {
+    if (type.lanes != 1) return false;
+    if (type.code == dlpack::bfloat) {
+        dtype = Dtype::bfloat16;
+        return type.bits == 16;
+    }
+    dtype = type.bits == 64 ? Dtype::float64 : type.bits == 32 ? Dtype::float32 : Dtype::float16;
+    return type.code == dlpack::floating && type.bits >= 16;
+}
+
+bool read_tensor(PyObject* array, const Learned& type, View& view) {
+    static_assert(sizeof(Py_ssize_t) == sizeof(int64_t));
+    dlpack::Tensor t;
+    if (type.read(array, &t) != 0) {
+        PyErr_Clear();
+        return false;
+    }
+    if (t.device.type != dlpack::cpu && t.device.type != dlpack::cuda_host) return false;
+    if (!dtype_of(t.dtype, view.dtype) || t.ndim > max_ndim || (t.ndim && !t.strides)) return false;
+    view.data = static_cast<char*>(t.data) + t.byte_offset;
+    view.ndim = t.ndim;
+    view.shape = reinterpret_cast<const Py_ssize_t*>(t.shape);
+    view.strides = reinterpret_cast<const Py_ssize_t*>(t.strides);
+    view.stride_unit = itemsize(view.dtype);
+    view.writeable = view.foreign = true;
+    view.c_order = view.f_order = true;
+    int64_t n = 1;
+    for (int d = view.ndim - 1; d >= 0; --d) {
+        if (view.shape[d] != 1 && view.strides[d] != n) view.c_order = false;
+        n *= view.shape[d];
+    }
+    const int64_t size = n;
+    n = 1;
+    for (int d = 0; d < view.ndim; ++d) {
+        if (view.shape[d] != 1 && view.strides[d] != n) view.f_order = false;
+        n *= view.shape[d];
+    }
+    if (size == 0) return view.c_order = view.f_order = true;
+    if (!t.data) return false;  // what only stands for a tensor, or lost its storage
+    if (size > 1 && (view.c_order || view.f_order)) return true;
+    PyObject* lazy = PyObject_CallMethodNoArgs(array, type.lazy);
+    if (!lazy) PyErr_Clear();
+    Py_XDECREF(lazy);
+    return lazy == Py_False;
+}
+
+std::atomic<PyObject*> written_call{nullptr};
+
 // Brings the views to the fewest dimensions in common.
 void arrange(Operand* operand, const View* views, int operands, bool free_order, Storage& storage) {
     Layout layout;
@@ -44,7 +112,7 @@ void arrange(Operand* operand, const View* views, int operands, bool free_order,
     for (int d = 0; d < layout.ndim; ++d) layout.shape[d] = views[0].shape[d];
     for (int k = 0; k < operands; ++k) {
         data[k] = views[k].data;
-        for (int d = 0; d < layout.ndim; ++d) layout.strides[k][d] = views[k].strides[d];
+        for (int d = 0; d < layout.ndim; ++d) layout.strides[k][d] = views[k].stride(d);
     }
     layout.simplify(operands, data, free_order);
     storage.emplace_back(layout.shape, layout.shape + layout.ndim);
@@ -68,16 +136,51 @@ int64_t View::size() const {
 
 bool read(PyObject* array, View& view, bool any_subclass) {
     PyTypeObject* ndarray = py::detail::npy_api::get().PyArray_Type_;
-    if (Py_TYPE(array) != ndarray && !(any_subclass && PyObject_TypeCheck(array, ndarray))) return false;
+    view.object = array;
+    if (Py_TYPE(array) != ndarray) {
+        if (const Learned* type = learned(Py_TYPE(array))) return read_tensor(array, *type, view);
+        if (!any_subclass || !PyObject_TypeCheck(array, ndarray)) return false;
+    }
     const auto* a = py::detail::array_proxy(array);
     view.data = a->data;
     view.ndim = a->nd;
     view.shape = a->dimensions;
     view.strides = a->strides;
+    view.stride_unit = 1;
+    view.foreign = false;
     view.writeable = a->flags & py::detail::npy_api::NPY_ARRAY_WRITEABLE_;
     view.c_order = a->flags & py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_;
     view.f_order = a->flags & py::detail::npy_api::NPY_ARRAY_F_CONTIGUOUS_;
     return dtype_of(a->descr, view.dtype);
+}
+
+bool learn(py::type type, py::str lazy) {
+    auto* t = reinterpret_cast<PyTypeObject*>(type.ptr());
+    if (learned(t)) return true;
+    if (!py::hasattr(type, "__dlpack_c_exchange_api__")) return false;
+    const py::object capsule = type.attr("__dlpack_c_exchange_api__");
+    const auto* api =
+        static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::exchange_api_name));
+    if (!api) throw py::error_already_set();
+    if (api->header.version.major != 1 || !api->dltensor_from_py_object_no_sync) return false;
+    static std::mutex growing;
+    std::lock_guard<std::mutex> hold(growing);
+    const int count = learned_count.load();
+    if (count == most_learned || learned(t)) return count < most_learned;
+    learned_types[count] = {t, lazy.inc_ref().ptr(), api->dltensor_from_py_object_no_sync};
+    type.inc_ref();
+    learned_count.store(count + 1, std::memory_order_release);
+    return true;
+}
+
+void Touched::call(py::function written) { written_call = written.inc_ref().ptr(); }
+
+void Touched::tell() const {
+    const py::handle told(written_call);
+    if (arrays.empty() || !told) return;
+    py::list all(arrays.size());
+    for (size_t i = 0; i < arrays.size(); ++i) all[i] = py::reinterpret_borrow<py::object>(arrays[i]);
+    told(all);
 }
 
 bool same_shape(const View& a, const View& b) {
@@ -91,7 +194,7 @@ Span span(const View& view, bool written) {
     Span s{view.data, view.data, written};
     for (int d = 0; d < view.ndim; ++d) {
         if (view.shape[d] == 0) return {view.data, view.data, written};
-        int64_t reach = view.strides[d] * (view.shape[d] - 1);
+        int64_t reach = view.stride(d) * (view.shape[d] - 1);
         (reach < 0 ? s.begin : s.end) += reach;
     }
     s.end += itemsize(view.dtype);
@@ -120,18 +223,18 @@ bool injective(const View& view) {
     std::sort(order, order + kept, [&](int a, int b) { return std::abs(view.strides[a]) < std::abs(view.strides[b]); });
     int64_t reach = itemsize(view.dtype);  // one past the last byte of what the inner dimensions span
     for (int i = 0; i < kept; ++i) {
-        int64_t stride = std::abs(view.strides[order[i]]);
+        int64_t stride = std::abs(view.stride(order[i]));
         if (stride < reach) return false;
         reach += stride * (view.shape[order[i]] - 1);
     }
     return true;
 }
 
-void describe(Job& job, RuleId rule, const Row& row, const View* views, int operands, const OnePass& ask,
+void describe(Job& job, RuleId rule, const Row* row, const View* views, int operands, const OnePass& ask,
               Storage& storage) {
     job.n = views[0].size();
     job.rule = rule;
-    job.row = &row;
+    job.row = row;
     job.compute = compute_of(views[0].dtype);
     job.operands = operands;
     bool c = true, f = !ask.stats, aligned = true;
@@ -144,7 +247,7 @@ void describe(Job& job, RuleId rule, const Row& row, const View* views, int oper
     job.gradient = job.operand[1];
     if ((c && aligned) || job.n == 0) return;
     if (!(f && aligned)) arrange(job.operand, views, operands, !ask.stats, storage);
-    if (ask.reads_first()) arrange(&job.gradient, views + 1, 1, false, storage);
+    if (row && ask.reads_first()) arrange(&job.gradient, views + 1, 1, false, storage);
 }
 
 }  // namespace fastgd

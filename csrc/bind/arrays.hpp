@@ -7,20 +7,43 @@
 
 namespace fastgd {
 
-// An array as its owner describes it. shape and strides (bytes) belong to the array object.
+// An array as its owner describes it. shape and strides belong to the array object.
 struct View {
+    PyObject* object;
     char* data;
     int ndim;
     const Py_ssize_t* shape;
     const Py_ssize_t* strides;
+    int stride_unit;  // bytes: 1 in NumPy, the itemsize in DLPack
     Dtype dtype;
     bool writeable, c_order, f_order;
+    bool foreign;  // not NumPy's: its owner is told what was written
 
+    int64_t stride(int d) const { return strides[d] * stride_unit; }
     int64_t size() const;
 };
 
-// Reads a numpy.ndarray; with `any_subclass` (Python has looked at it) also an instance of a subclass.
+// Reads a numpy.ndarray, or a tensor of a type that was learned; with `any_subclass` (Python has looked at it) also an
+// instance of a subclass of ndarray.
 bool read(PyObject* array, View& view, bool any_subclass);
+
+// Makes `read` take tensors of exactly this type through its DLPack exchange API; false where it has none that fits.
+// `lazy` names a method that tells whether a tensor's memory does not hold its values yet, as torch's negative views.
+bool learn(pybind11::type type, pybind11::str lazy);
+
+// Arrays that were written, whose owners want to know: torch counts a tensor's versions.
+class Touched {
+  public:
+    void add(const View& view) {
+        if (view.foreign) arrays.push_back(view.object);
+    }
+    void tell() const;
+
+    static void call(pybind11::function written);  // what is told
+
+  private:
+    std::vector<PyObject*> arrays;  // borrowed
+};
 
 bool same_shape(const View& a, const View& b);
 
@@ -39,9 +62,10 @@ bool disjoint(std::vector<Span>& spans);
 // False where the strides of one array may bring two of its indices to one address.
 bool injective(const View& view);
 
-// The job of one parameter: views are its operands. The storage takes shapes and strides where the job needs them.
+// The operands of one parameter's job, or without a row those of a tensor and its average. The storage takes shapes and
+// strides where the job needs them.
 using Storage = std::vector<std::vector<int64_t>>;
-void describe(Job& job, RuleId rule, const Row& row, const View* views, int operands, const OnePass& ask,
+void describe(Job& job, RuleId rule, const Row* row, const View* views, int operands, const OnePass& ask,
               Storage& storage);
 
 }  // namespace fastgd

@@ -7,6 +7,7 @@
 #include "../cpu/dispatch.hpp"
 #include "../cpu/pool.hpp"
 #include "registry.hpp"
+#include "snapshot.hpp"
 #include "step.hpp"
 #include "stream.hpp"
 
@@ -38,7 +39,10 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     }
     m.attr("RULES") = rules;
 
+    m.def("learn", &learn, py::arg("type"), py::arg("lazy"));
+    m.def("call_with_written", &Touched::call, py::arg("written"));
     register_step(m);
     register_prepared(m);
+    register_snapshot(m);
     register_stream(m);
 }

@@ -1,6 +1,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <limits>
 #include <map>
@@ -8,6 +9,7 @@
 
 #include "../cpu/pool.hpp"
 #include "arrays.hpp"
+#include "collected.hpp"
 #include "registry.hpp"
 #include "step.hpp"
 
@@ -18,17 +20,17 @@ namespace {
 
 class Prepared {
   public:
-    explicit Prepared(py::handle name) : id(find_rule(name)) {}
+    Prepared(py::handle name, bool steady) : id(find_rule(name)), steady(steady) {}
 
     void add(int group, py::handle params) {
         Exclusive alone(*this);
         const Items items(params);
         View view;
         for (Py_ssize_t i = 0; i < items.size(); ++i)
-            if (!read(items[i], view, true)) throw py::type_error("params: expected NumPy arrays");
+            if (!read(items[i], view, true)) throw py::type_error("params: expected arrays that can be read");
         std::lock_guard<std::mutex> hold(counting);
         for (Py_ssize_t i = 0; i < items.size(); ++i)
-            entries.push_back({py::reinterpret_borrow<py::object>(items[i]), {}, -1, group, 0, {}});
+            entries.push_back({py::reinterpret_borrow<py::object>(items[i]), {}, {}, -1, group, 0, {}, {}});
         stale = true;
     }
 
@@ -45,12 +47,13 @@ class Prepared {
         // The gradients first: nobody is asked for coefficients or states as long as one may be refused.
         struct Stepping {
             size_t index;
-            Span param, grad;
+            View param, grad;
+            Span param_span, grad_span;
         };
         std::vector<Stepping> stepping;
-        std::vector<Span> spans;
+        std::vector<Span> spans;  // of what is not the parameters' own
+        std::vector<std::array<View, 2>> averages;
         stepping.reserve(entries.size());
-        spans.reserve(entries.size());
         for (size_t i = 0; i < entries.size(); ++i) {
             View param, grad, more[max_operands];
             const bool skip = g[i] == Py_None;
@@ -62,13 +65,28 @@ class Prepared {
                 if (!checked && !injective(more[k])) return refused;
                 spans.push_back(span(more[k], true));
             }
-            if (skip) continue;
+            if (skip) {
+                if (extras.partial() && extras.has_ema(i)) averages.push_back({param, more[0]});
+                continue;
+            }
             if (!read(g[i], grad, checked) || !fits(param, grad, checked, ask.zero_grads)) return refused;
-            stepping.push_back({i, span(param, true), span(grad, ask.zero_grads)});
-            spans.push_back(stepping.back().grad);
-            if (!(entries[i].mapped == stepping.back().param)) stale = true;
+            stepping.push_back({i, param, grad, span(param, true), span(grad, ask.zero_grads)});
+            if (!(entries[i].mapped == stepping.back().param_span)) stale = true;
         }
-        if (!checked && meet(spans, ask.ema || ask.copies || ask.zero_grads)) return refused;
+        if (extras.partial()) {
+            for (Py_ssize_t i = 0; i < extras.tracked->first.size(); ++i) {
+                std::array<View, 2> pair;
+                auto& [source, average] = pair;
+                if (!read(extras.tracked->first[i], source, checked) ||
+                    !read(extras.tracked->second[i], average, checked) || !average.writeable ||
+                    !same_shape(source, average) || (!checked && !injective(average)))
+                    return refused;
+                spans.push_back(span(source, false));
+                spans.push_back(span(average, true));
+                averages.push_back(pair);
+            }
+        }
+        if (!checked && meet(stepping, spans, ask.zero_grads)) return refused;
 
         std::map<std::pair<int, int64_t>, Row> rows;  // nodes stay where they are: jobs point to them
         auto last = rows.end();
@@ -99,29 +117,48 @@ class Prepared {
         // What was called so far may have changed an array. From here on nothing calls into Python.
         std::vector<Job> jobs;
         std::vector<Py_ssize_t> index;
+        std::vector<Count> counts;
         Storage storage;
-        jobs.reserve(stepping.size());
+        Touched touched;
+        jobs.reserve(stepping.size() + averages.size());
         index.reserve(stepping.size());
         for (size_t k = 0; k < stepping.size(); ++k) {
             const Stepping& s = stepping[k];
             const Entry& entry = entries[s.index];
-            View views[max_operands];
+            View views[max_operands] = {s.param, s.grad};
             int operands = 2;
-            if (!read(entry.param.ptr(), views[0], true) || !read(g[s.index], views[1], checked) ||
-                !fits(views[0], views[1], checked, ask.zero_grads) || !(span(views[0], true) == s.param) ||
-                !(span(views[1], ask.zero_grads) == s.grad))
+            if (!steady &&
+                (!read(entry.param.ptr(), views[0], true) || !read(g[s.index], views[1], checked) ||
+                 !fits(views[0], views[1], checked, ask.zero_grads) || !(span(views[0], true) == s.param_span) ||
+                 !(span(views[1], ask.zero_grads) == s.grad_span)))
                 return refused;
             for (const py::object& state : entry.states)
                 if (!fits_param(state, views[0], views[operands++])) return refused;
+            const int states_end = operands;
             if (!extras.read(s.index, views[0], views, operands, checked)) return refused;
-            describe(jobs.emplace_back(), id, *row_of[k], views, operands, ask, storage);
+            if (entry.count && !counts.emplace_back().read(entry.count, entry.steps)) return refused;
+            Job& job = jobs.emplace_back();
+            job.ema = extras.has_ema(s.index);
+            job.copy = ask.copies;
+            describe(job, id, row_of[k], views, operands, ask, storage);
             index.push_back(Py_ssize_t(s.index));
+            touched.add(views[0]);
+            if (ask.zero_grads) touched.add(views[1]);
+            for (int e = states_end; e < operands; ++e) touched.add(views[e]);
+        }
+        for (const auto& pair : averages) {
+            describe(jobs.emplace_back(), id, nullptr, pair.data(), 2, ask, storage);
+            touched.add(pair[1]);
         }
         bool skipped;
-        py::object result = run_jobs(jobs, ask, index, g.size(), skipped);
+        py::object result = run_jobs(jobs, extras, index, g.size(), skipped);
         if (!skipped) {
-            std::lock_guard<std::mutex> hold(counting);
-            for (Py_ssize_t i : index) ++entries[i].steps;
+            {
+                std::lock_guard<std::mutex> hold(counting);
+                for (Py_ssize_t i : index) ++entries[i].steps;
+            }
+            for (const Count& count : counts) count.add_one();
+            touched.tell();
         }
         return result;
     }
@@ -141,19 +178,53 @@ class Prepared {
         for (size_t i = 0; i < entries.size(); ++i) {
             entries[i].steps = steps[i];
             entries[i].states.clear();
+            entries[i].count = {};
             entries[i].variant = -1;
         }
         stale = true;
+    }
+
+    // For the garbage collector: a tensor's hook may hold the optimizer that holds this.
+    int traverse(visitproc visit, void* arg) const {
+        for (const Entry& entry : entries) {
+            Py_VISIT(entry.param.ptr());
+            Py_VISIT(entry.count.ptr());
+            for (const py::object& state : entry.states) Py_VISIT(state.ptr());
+        }
+        return 0;
+    }
+    void clear() {
+        std::vector<Entry> dropped;
+        std::swap(dropped, entries);
     }
 
   private:
     struct Entry {
         py::object param;
         std::vector<py::object> states;
-        int variant;  // that the states were made for; -1: none were
+        py::object count;  // a 0-d array of floats that shows the steps, where Python wants one
+        int variant;       // that the states were made for; -1: none were
         int group;
         int64_t steps;
-        Span mapped;  // where map_written saw the parameter
+        Span mapped;    // where map_written saw the parameter
+        Span harmless;  // of the last gradient that was looked at and met nothing
+    };
+
+    // Where a parameter's count is shown.
+    struct Count {
+        // False where it shows anything but `steps`: Python is to look closer.
+        bool read(const py::object& count, int64_t steps) {
+            if (!fastgd::read(count.ptr(), view, true) || view.ndim != 0) return false;
+            if (view.dtype == Dtype::float32) return *reinterpret_cast<float*>(view.data) == float(steps);
+            return view.dtype == Dtype::float64 && *reinterpret_cast<double*>(view.data) == double(steps);
+        }
+        void add_one() const {
+            if (view.dtype == Dtype::float32)
+                *reinterpret_cast<float*>(view.data) += 1;
+            else
+                *reinterpret_cast<double*>(view.data) += 1;
+        }
+        View view;
     };
 
     // One caller at a time: the GIL is released within a step, and some Pythons have none.
@@ -186,8 +257,10 @@ class Prepared {
         entry.variant = -1;  // another variant's states may be as many, and others
         entry.states.clear();
         const Items made(initialise(i, row.variant));
-        if (made.size() != states) throw py::value_error("initialise: not as many states as the rule has");
+        if (made.size() != states && made.size() != states + 1)
+            throw py::value_error("initialise: not as many states as the rule has");
         for (int k = 0; k < states; ++k) entry.states.push_back(py::reinterpret_borrow<py::object>(made[k]));
+        entry.count = made.size() > states ? py::reinterpret_borrow<py::object>(made[states]) : py::object();
         entry.variant = row.variant;
         stale = true;
     }
@@ -197,32 +270,51 @@ class Prepared {
         written.clear();
         for (Entry& entry : entries) {
             View view;
+            entry.harmless = {};
             if (read(entry.param.ptr(), view, true)) written.push_back(entry.mapped = span(view, true));
             for (const py::object& state : entry.states)
                 if (read(state.ptr(), view, true)) written.push_back(span(view, true));
         }
         std::sort(written.begin(), written.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
         const char* end = nullptr;
-        for (Span& s : written) s.end = end = std::max(end, s.end);
+        entangled = false;
+        for (Span& s : written) {
+            entangled = entangled || (steady && s.begin < end);
+            s.end = end = std::max(end, s.end);
+        }
         stale = false;
     }
 
-    // Whether a span meets one that steps write, or, where some of them are written themselves, another of them.
-    bool meet(std::vector<Span>& spans, bool among_them) {
+    bool meets_written(const Span& s) const {
+        if (s.begin == s.end) return false;
+        auto after =
+            std::partition_point(written.begin(), written.end(), [&](const Span& w) { return w.begin < s.end; });
+        return after != written.begin() && std::prev(after)->end > s.begin;
+    }
+
+    // Whether a gradient or another span meets one that steps write, or, where some are written themselves, another.
+    template <class Stepping> bool meet(const std::vector<Stepping>& stepping, std::vector<Span>& spans, bool zeroed) {
         if (stale) map_written();
-        for (const Span& s : spans) {
-            if (s.begin == s.end) continue;
-            auto after =
-                std::partition_point(written.begin(), written.end(), [&](const Span& w) { return w.begin < s.end; });
-            if (after != written.begin() && std::prev(after)->end > s.begin) return true;
+        if (entangled) return true;
+        for (const Span& s : spans)
+            if (meets_written(s)) return true;
+        for (const Stepping& s : stepping) {
+            Span& harmless = entries[s.index].harmless;
+            if (harmless == s.grad_span) continue;
+            if (meets_written(s.grad_span)) return true;
+            harmless = s.grad_span;
         }
-        return among_them && !disjoint(spans);
+        if (spans.empty() && !zeroed) return false;
+        for (const Stepping& s : stepping) spans.push_back(s.grad_span);
+        return !disjoint(spans);
     }
 
     const RuleId id;
+    const bool steady;  // coefficients and initialise change no array that was there before
     std::vector<Entry> entries;
     std::vector<Span> written;
     bool stale = true;
+    bool entangled = false;  // some of `written` meet, and nobody has looked closer when they were added
     std::atomic<uint64_t> busy{0};
     mutable std::mutex counting;  // state_dict may read the counts while a step runs
 };
@@ -230,8 +322,8 @@ class Prepared {
 }  // namespace
 
 void register_prepared(py::module_& m) {
-    py::class_<Prepared>(m, "Prepared")
-        .def(py::init<py::handle>(), py::arg("rule"))
+    py::class_<Prepared>(m, "Prepared", collected<Prepared>())
+        .def(py::init<py::handle, bool>(), py::arg("rule"), py::arg("steady") = false)
         .def("add", &Prepared::add, py::arg("group"), py::arg("params"))
         .def("step", &Prepared::step, py::arg("grads"), py::arg("coefficients"), py::arg("initialise"),
              py::arg("checked"), py::arg("one_pass") = py::none())

@@ -34,17 +34,25 @@ bool Items::alike(const Items& other) const {
 
 Extras::Extras(py::handle tuple) {
     if (tuple.is_none()) return;
-    auto [grad_scale, max_norm, skip_nonfinite, ema_, ema_weight, copies_, zero_grads, stats] =
-        py::cast<std::tuple<double, std::optional<double>, bool, py::object, double, py::object, bool, bool>>(tuple);
+    auto [grad_scale, max_norm, skip_nonfinite, ema_, ema_weight, copies_, zero_grads, stats, tracked_, reduce_] =
+        py::cast<std::tuple<double, std::optional<double>, bool, py::object, double, py::object, bool, bool, py::object,
+                            py::object>>(tuple);
     ask = {grad_scale, max_norm.has_value(), max_norm.value_or(0), skip_nonfinite, !ema_.is_none(),
            ema_weight, !copies_.is_none(),   zero_grads,           stats};
     if (ask.ema) ema.emplace(ema_);
     if (ask.copies) copies.emplace(copies_);
+    if (!tracked_.is_none()) {
+        const py::tuple pair(tracked_);
+        tracked.emplace(Items(pair[0]), Items(pair[1]));
+        if (tracked->first.size() != tracked->second.size())
+            throw py::value_error("tracked: expected as many averages");
+    }
+    if (!reduce_.is_none()) reduce = reduce_;
 }
 
 bool Extras::read(Py_ssize_t i, const View& param, View* views, int& operands, bool checked) const {
     for (const std::optional<Items>* items : {&ema, &copies}) {
-        if (!*items) continue;
+        if (!*items || (items == &ema && !has_ema(i))) continue;
         View& view = views[operands++];
         if (!fastgd::read((**items)[i], view, checked) || !view.writeable || !same_shape(view, param)) return false;
         if (items == &copies && (view.dtype == Dtype::float64 || itemsize(view.dtype) > itemsize(param.dtype)))
@@ -53,28 +61,37 @@ bool Extras::read(Py_ssize_t i, const View& param, View* views, int& operands, b
     return true;
 }
 
-py::object run_jobs(const std::vector<Job>& jobs, const OnePass& ask, const std::vector<Py_ssize_t>& index,
+py::object run_jobs(const std::vector<Job>& jobs, const Extras& extras, const std::vector<Py_ssize_t>& index,
                     Py_ssize_t params, bool& skipped) {
+    constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+    const OnePass& ask = extras.ask;
+    auto by_param = [&](const std::vector<double>& by_job, double absent, double otherwise) {
+        std::vector<double> all(params, absent);
+        for (size_t k = 0; k < index.size(); ++k) all[index[k]] = by_job.empty() ? otherwise : by_job[k];
+        return all;
+    };
+    Reduce reduce;
+    if (extras.reduce)
+        reduce = [&](const std::vector<double>& grads, int64_t nonfinite) {
+            py::gil_scoped_acquire hold;
+            return py::cast<std::pair<double, int64_t>>(extras.reduce(by_param(grads, 0, 0), nonfinite));
+        };
     int64_t n = 0;
     for (const Job& job : jobs) n += job.n;
     Outcome outcome;
     if (n <= short_work) {
-        outcome = run(jobs, ask);
+        outcome = run(jobs, ask, reduce);
     } else {
         py::gil_scoped_release release;
-        outcome = run(jobs, ask);
+        outcome = run(jobs, ask, reduce);
     }
     skipped = outcome.skipped;
     if (!ask.stats && !ask.skip_nonfinite) return py::bool_(true);
-    constexpr double nan = std::numeric_limits<double>::quiet_NaN();
-    auto by_param = [&](const std::vector<double>& by_job, double otherwise) {
-        if (!ask.stats) return std::vector<double>();
-        std::vector<double> all(params, nan);
-        for (size_t k = 0; k < index.size(); ++k) all[index[k]] = by_job.empty() ? otherwise : by_job[k];
-        return all;
+    auto told = [&](const std::vector<double>& by_job, double otherwise) {
+        return ask.stats ? by_param(by_job, nan, otherwise) : std::vector<double>();
     };
-    return py::make_tuple(outcome.skipped, outcome.nonfinite, outcome.clip_factor, by_param(outcome.grads, nan),
-                          by_param(outcome.updates, 0), by_param(outcome.params, nan));
+    return py::make_tuple(skipped, outcome.nonfinite, outcome.clip_factor, told(outcome.grads, nan),
+                          told(outcome.updates, 0), told(outcome.params, nan));
 }
 
 namespace {
@@ -104,6 +121,7 @@ py::object step(py::handle name, py::handle rows, py::handle row_of, py::handle 
     std::vector<Py_ssize_t> index;
     Storage storage;
     std::vector<Span> spans;
+    Touched touched;
     jobs.reserve(p.size());
     if (!checked) spans.reserve(p.size() * (2 + count));
     for (Py_ssize_t i = 0; i < p.size(); ++i) {
@@ -120,6 +138,7 @@ py::object step(py::handle name, py::handle rows, py::handle row_of, py::handle 
             if (k == 1 && skip) continue;
             const bool written = k != 1 || extras.ask.zero_grads;
             if (written && !views[k].writeable) return refused;
+            if (written && !skip) touched.add(views[k]);
             if (checked) continue;
             if (written && !injective(views[k])) return refused;
             spans.push_back(span(views[k], written));
@@ -128,12 +147,17 @@ py::object step(py::handle name, py::handle rows, py::handle row_of, py::handle 
         Py_ssize_t row = 0;
         if (!row_of.is_none()) row = PyLong_AsSsize_t(py::object(row_of[py::int_(i)]).ptr());
         if (row < 0 || row >= Py_ssize_t(table.size())) throw py::value_error("row_of: no such row");
-        describe(jobs.emplace_back(), id, table[row], views, operands, extras.ask, storage);
+        Job& job = jobs.emplace_back();
+        job.ema = extras.ask.ema;
+        job.copy = extras.ask.copies;
+        describe(job, id, &table[row], views, operands, extras.ask, storage);
         index.push_back(i);
     }
     if (!checked && !disjoint(spans)) return refused;
     bool skipped;
-    return run_jobs(jobs, extras.ask, index, p.size(), skipped);
+    const py::object result = run_jobs(jobs, extras, index, p.size(), skipped);
+    if (!skipped) touched.tell();
+    return result;
 }
 
 }  // namespace

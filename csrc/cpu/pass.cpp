@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <tuple>
 
 #include "dispatch.hpp"
 #include "float_control.hpp"
@@ -101,7 +102,7 @@ struct Call {
     std::atomic<int64_t> nonfinite{0};
 
     int64_t width(const Job& job) const {
-        if (reading) return itemsize(job.gradient.dtype);
+        if (reading) return job.row ? itemsize(job.gradient.dtype) : 0;
         int64_t bytes = 0;
         for (int k = 0; k < job.operands; ++k) bytes += itemsize(job.operand[k].dtype);
         return bytes;
@@ -153,15 +154,32 @@ void read(Call& call, size_t index, int64_t begin, int64_t end) {
     }
 }
 
+// Takes a tile of a tensor into its average, which is the operand `ema`.
+void blend(Call& call, const Job& job, int ema, int64_t begin, int64_t n, const void* x) {
+    const Operand& average = job.operand[ema];
+    void* e = load(average, job.compute, begin, n, tiles.operand[ema], call.kernels);
+    call.kernels.blend[int(job.compute)](n, e, x, call.ask.ema_weight);
+    if (!in_place(average, job.compute)) store(average, job.compute, begin, n, e, call.kernels);
+}
+
+// Elements [begin, end) of a job that is not stepped.
+void average(Call& call, const Job& job, int64_t begin, int64_t end) {
+    for (; begin < end; begin += tile) {
+        const int64_t n = std::min(tile, end - begin);
+        blend(call, job, 1, begin, n, load(job.operand[0], job.compute, begin, n, tiles.operand[0], call.kernels));
+    }
+}
+
 // Elements [begin, end) of a job: load and widen -> unscale and clip -> the rule -> round and store -> average ->
 // copy -> zero -> statistics; or the rule alone, on the arrays, where nothing else is asked for.
 void step(Call& call, size_t index, int64_t begin, int64_t end) {
     const Job& job = call.jobs[index];
+    if (!job.row) return average(call, job, begin, end);
     const OnePass& ask = call.ask;
     const Kernels& kernels = call.kernels;
     const Compute compute = job.compute;
     const Update update = kernels.update[job.rule][job.row->variant][int(compute)];
-    const int states_end = job.operands - ask.ema - ask.copies, ema = states_end, copy = states_end + ask.ema;
+    const int states_end = job.operands - job.ema - job.copy, ema = states_end, copy = states_end + job.ema;
 
     bool direct = ask.plain();
     for (int k = 0; k < job.operands; ++k) direct = direct && in_place(job.operand[k], compute);
@@ -191,14 +209,10 @@ void step(Call& call, size_t index, int64_t begin, int64_t end) {
         for (int k = 0; k < states_end; ++k)
             if (k != 1 && !in_place(job.operand[k], compute)) store(job.operand[k], compute, begin, n, x[k], kernels);
 
-        if (ask.ema || ask.copies || ask.stats)  // these take the parameter as it was stored
+        if (job.ema || job.copy || ask.stats)  // these take the parameter as it was stored
             x[0] = load(param, compute, begin, n, tiles.operand[0], kernels);
-        if (ask.ema) {
-            void* e = load(job.operand[ema], compute, begin, n, tiles.operand[ema], kernels);
-            kernels.blend[int(compute)](n, e, x[0], ask.ema_weight);
-            if (!in_place(job.operand[ema], compute)) store(job.operand[ema], compute, begin, n, e, kernels);
-        }
-        if (ask.copies) store(job.operand[copy], compute, begin, n, x[0], kernels);
+        if (job.ema) blend(call, job, ema, begin, n, x[0]);
+        if (job.copy) store(job.operand[copy], compute, begin, n, x[0], kernels);
         if (ask.zero_grads) zero(grad, begin, n);
         if (ask.stats) {
             kernels.squares[int(compute)](n, x[0], tiles.before, update_lanes);
@@ -220,6 +234,7 @@ void run_part(void* context, int part) {
     int64_t at = 0;
     for (size_t i = 0; i < call.jobs.size() && at < last; ++i) {
         const int64_t n = call.jobs[i].n, width = call.width(call.jobs[i]), bytes = width * n;
+        if (!bytes) continue;
         auto cut = [&](int64_t limit) {
             if (limit <= at) return int64_t(0);
             if (limit >= at + bytes) return n;
@@ -255,7 +270,7 @@ int parts_for(int64_t bytes) {
     return int(std::min({most, parts, int64_t(max_parts)}));
 }
 
-Outcome run(const std::vector<Job>& jobs, const OnePass& ask) {
+Outcome run(const std::vector<Job>& jobs, const OnePass& ask, const Reduce& reduce) {
     FloatControl control;
     Outcome outcome;
     Call call(jobs, ask);
@@ -271,9 +286,10 @@ Outcome run(const std::vector<Job>& jobs, const OnePass& ask) {
     if (ask.reads_first()) {
         run_parts(call, true);
         outcome.grads = by_job(call, call.grads);
+        double total = 0;
+        for (double sum : outcome.grads) total += sum;
+        if (reduce) std::tie(total, call.nonfinite) = reduce(outcome.grads, call.nonfinite);
         if (ask.clip) {
-            double total = 0;
-            for (double sum : outcome.grads) total += sum;
             const double factor = ask.max_norm / (std::sqrt(total) + 1e-6);
             call.clip_factor = factor > 1 ? 1 : factor;  // NaN stays
         }

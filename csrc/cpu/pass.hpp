@@ -1,5 +1,7 @@
 // The one pass: what is to be done with each array, cut into tiles and run.
 #pragma once
+#include <functional>
+#include <utility>
 #include <vector>
 
 #include "../pass/layout.hpp"
@@ -16,7 +18,8 @@ struct Operand {
     const int64_t *shape, *strides;
 };
 
-// One parameter with its gradient and states, operands in that order, and what else the call has for it.
+// One parameter with its gradient and states, operands in that order, and what else the call has for it. Without a row
+// it is not stepped: the operands are a tensor and its average.
 struct Job {
     Job() {}  // leaves all of it to be filled: zeroing it first would be felt over hundreds of small arrays
 
@@ -25,8 +28,9 @@ struct Job {
     const Row* row;
     Compute compute;
     int operands;
-    Operand operand[max_operands];  // after the states: ema, copies, where the call has them
-    Operand gradient;               // in C order, for a norm that is read beforehand
+    Operand operand[max_operands];  // after the states its average and its copy, where it has them
+    bool ema, copy;
+    Operand gradient;  // in C order, for a norm that is read beforehand
 };
 
 // What a call asks for beside the step.
@@ -43,6 +47,7 @@ struct OnePass {
 
     // Whether anything depends on all gradients, so that they are read once before the pass.
     bool reads_first() const { return clip || skip_nonfinite; }
+    // Whether anything is asked for beside the step.
     bool plain() const {
         return grad_scale == 1 && !clip && !skip_nonfinite && !ema && !copies && !zero_grads && !stats;
     }
@@ -55,8 +60,12 @@ struct Outcome {
     std::vector<double> grads, updates, params;  // sums of squares by job; those that were asked for
 };
 
-// Steps all jobs, on several threads where that pays. Touches nothing of Python.
-Outcome run(const std::vector<Job>& jobs, const OnePass& one_pass);
+// Where a call has one part of the model only: from the sums of squares by job and the count of what is not finite to
+// the sum and the count of the whole.
+using Reduce = std::function<std::pair<double, int64_t>(const std::vector<double>&, int64_t)>;
+
+// Steps all jobs, on several threads where that pays. Touches nothing of Python, unless `reduce` does.
+Outcome run(const std::vector<Job>& jobs, const OnePass& one_pass, const Reduce& reduce = nullptr);
 
 // Into how many parts work of so many bytes is cut.
 int parts_for(int64_t bytes);

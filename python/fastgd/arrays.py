@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from fastgd import tensors
+
 Array: TypeAlias = npt.NDArray[Any]
 Arrays: TypeAlias = Array | Sequence[Array] | Mapping[Any, Array]
 Gradients: TypeAlias = Array | Sequence[Array | None] | Mapping[Any, Array | None] | None
@@ -21,12 +23,9 @@ _MAX_WORK: Any = 1_000_000  # for np.may_share_memory, whose stubs know 0 and -1
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 COPY_DTYPES = DTYPES[1:]
 
-# Array types of other libraries: what to do instead, by the first name of the module that defines the type.
+# Types of other libraries that are no arrays: what to do instead, by the first name of the module that defines them.
 _ELSEWHERE = {
-    "jax": "JAX arrays are immutable; keep a NumPy array, np.array(x), and step that",
-    "jaxlib": "JAX arrays are immutable; keep a NumPy array, np.array(x), and step that",
     "cupy": "this build of fastgd has no CUDA; step a host copy, x.get()",
-    "torch": "pass tensor.detach().numpy(), which shares the tensor's memory",
     "pandas": "pass .to_numpy()",
 }
 
@@ -136,10 +135,12 @@ def check(
     return Checked(flat_params, flat_grads, tuple(flat_states), flat_ema, flat_copies)
 
 
-def check_array(label: str, value: Any, dtypes: Sequence[str] = DTYPES) -> Array:
+def check_array(label: str, value: Any, dtypes: Sequence[str] = DTYPES, written: bool = False) -> Array:
     """``value`` as a plain ndarray over the same memory, or an error where it is no array or has another dtype."""
     if not isinstance(value, np.ndarray):
-        raise TypeError(f"{label}: expected a numpy.ndarray, got {described(value)}{_advice(value)}")
+        given, value = value, tensors.ndarray(label, value, written)
+        if value is None:
+            raise TypeError(f"{label}: expected a NumPy array or a tensor, got {described(given)}{_advice(given)}")
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{label}: expected a plain array, got a masked array; fill it first, a.filled(0)")
     a = np.asarray(value)  # what a subclass says of itself does not count
@@ -214,6 +215,8 @@ def described(value: Any) -> str:
     """What came, in words for a message."""
     if isinstance(value, np.ndarray):
         return f"an array of shape {value.shape} and dtype {value.dtype}"
+    if tensors.is_tensor(value):
+        return f"a tensor of shape {tuple(value.shape)} and dtype {str(value.dtype).removeprefix('torch.')}"
     if value is None:
         return "None"
     if isinstance(value, (list, tuple, Mapping)):
@@ -234,7 +237,7 @@ def check_dtype(label: str, dtype: np.dtype[Any], dtypes: Sequence[str] = DTYPES
 
 
 def _writable(label: str, value: Any, dtypes: Sequence[str] = DTYPES) -> Array:
-    a = check_array(label, value, dtypes)
+    a = check_array(label, value, dtypes, written=True)
     if not a.flags.writeable:
         raise ValueError(f"{label}: expected an array that can be written, got a read-only one; pass a copy of it")
     if _overlaps_itself(a):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import inf
 from typing import Any, NamedTuple, TypedDict
 
@@ -47,7 +47,12 @@ class OnePass(TypedDict, total=False):
 
 
 class Ask(NamedTuple):
-    """The same as an engine takes it; the defaults ask for nothing."""
+    """The same as an engine takes it; the defaults ask for nothing.
+
+    The last two are for `fastgd.torch`: with ``tracked``, tensors that are not stepped and their averages, an entry of
+    ``ema`` may be None and a parameter without gradient is averaged, too; ``reduce`` takes the sums of squares by
+    parameter and the count of what is not finite from a part of the model to the sum and count of the whole.
+    """
 
     grad_scale: float = 1.0
     max_norm: float | None = None
@@ -57,6 +62,8 @@ class Ask(NamedTuple):
     copies: Any = None
     zero_grads: bool = False
     stats: bool = False
+    tracked: tuple[list[Any], list[Any]] | None = None
+    reduce: Callable[[list[float], int], tuple[float, int]] | None = None
 
 
 NOTHING = Ask()

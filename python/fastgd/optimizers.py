@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 
-from fastgd import arrays, coefficients, engine, onepass
+from fastgd import arrays, coefficients, engine, onepass, tensors
 from fastgd.arrays import Array, Arrays
 from fastgd.onepass import OnePass
 from fastgd.stats import StepStats
@@ -48,6 +48,7 @@ class Optimizer:
         self._forms: list[arrays.Form] = []  # by group
         self._last_lr: list[Any] = []  # by group
         self._params: list[Array] = []  # by parameter, over all groups
+        self._tensors: list[Any] = []  # those that came as tensors
         self._labels: list[str] = []
         self._names: Sequence[Hashable] = []  # what a StepStats calls them
         self._group_of: list[int] = []
@@ -109,6 +110,8 @@ class Optimizer:
         flat = self._listed(grads) if type(grads) is dict else grads
         if not self._prepared.step(flat, self._row, self._initialise, False):
             self._check_and_step(grads)
+        if self._tensors:
+            tensors.wrote([self._tensors])
         return None
 
     @property
@@ -215,17 +218,20 @@ class Optimizer:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._params = [np.asarray(p) for group in self.param_groups for p in group["params"]]
+        given = [p for group in self.param_groups for p in group["params"]]
+        self._params = arrays.check_params(self._labels, given)
         self._prepared = self._engine.Prepared(self._rule)
         for group, p in zip(self._group_of, self._params, strict=True):
             self._prepared.add(group, [p])
         self._prepared.load(state["_prepared"])
 
-    def _row_of(self, group: Mapping[str, Any], step: int, lr: Any) -> coefficients.Row:
+    @staticmethod
+    def _row_of(group: Mapping[str, Any], step: int, lr: Any) -> coefficients.Row:
         """The row of a group's hyperparameters, with ``lr`` called already."""
         raise NotImplementedError
 
-    def _fill(self, group: Mapping[str, Any]) -> float:
+    @staticmethod
+    def _fill(group: Mapping[str, Any]) -> float:
         """What a new state is filled with."""
         return 0.0
 
@@ -255,10 +261,11 @@ class Optimizer:
                 state[key] = np.full_like(self._params[index], fill, dtype=dtype, subok=False)
         return tuple(state[key] for key in keys)
 
-    def _keys(self, variant: int) -> list[str]:
+    @classmethod
+    def _keys(cls, variant: int) -> list[str]:
         """The states that a variant of the rule needs, in the rule's order."""
-        flags = self._engine.RULES[self._rule]["flags"]
-        return [key for key, flag in self._states.items() if flag is None or variant >> flags.index(flag) & 1]
+        flags = cls._engine.RULES[cls._rule]["flags"]
+        return [key for key, flag in cls._states.items() if flag is None or variant >> flags.index(flag) & 1]
 
     def _read_state(self, label: str, saved: Any, param: Array, needed: Sequence[str]) -> tuple[int, dict[str, Array]]:
         """Step count and states of one parameter from a state dict."""
@@ -272,8 +279,6 @@ class Optimizer:
             value = saved.get(key)
             if value is None:  # as torch's SGD saves a buffer that it does not use
                 continue
-            if not isinstance(value, np.ndarray) and hasattr(value, "__array__"):  # a tensor, from torch's dict
-                value = np.asarray(value)
             a = arrays.check_array(f"{label}[{key!r}]", value)
             if a.shape != param.shape:
                 raise ValueError(f"{label}[{key!r}]: expected shape {param.shape}, got {a.shape}")
@@ -305,6 +310,7 @@ class Optimizer:
         self._forms.append(form)
         self._last_lr.append(None)
         self._params += params
+        self._tensors += filter(tensors.is_tensor, given)
         self._labels += labels
         self._group_of += [index] * len(params)
         self._state += [{} for _ in params]
@@ -321,6 +327,8 @@ class Optimizer:
         if result is False:
             result = self._check_and_step(grads, ask)
             flat = self._flatten("grads", grads)[1]
+        if self._tensors and (result is True or not result[0]):
+            tensors.wrote([self._tensors])
         if result is True:
             return None
         entries = flat if isinstance(flat, (list, tuple)) else [flat]
@@ -339,13 +347,14 @@ class Optimizer:
         for i, (param, state) in enumerate(zip(self._params, self._state, strict=True)):
             labelled = [(f"state[{i}][{key!r}]", a) for key, a in state.items()]
             written += [(label, arrays.check_state(label, param, a)) for label, a in labelled]
+        given_ema = given_copies = None
         if ask.ema is not None:
-            labels, flat = self._flatten("ema", ask.ema)
-            ask = ask._replace(ema=[*map(arrays.check_ema, labels, self._params, flat)])
+            labels, given_ema = self._flatten("ema", ask.ema)
+            ask = ask._replace(ema=[*map(arrays.check_ema, labels, self._params, given_ema)])
             written += zip(labels, ask.ema, strict=True)
         if ask.copies is not None:
-            labels, flat = self._flatten("copies", ask.copies)
-            ask = ask._replace(copies=[*map(arrays.check_copy, labels, self._params, flat)])
+            labels, given_copies = self._flatten("copies", ask.copies)
+            ask = ask._replace(copies=[*map(arrays.check_copy, labels, self._params, given_copies)])
             written += zip(labels, ask.copies, strict=True)
         if ask.zero_grads:
             arrays.check_memory(written + labelled_grads, [])
@@ -356,6 +365,8 @@ class Optimizer:
             raise RuntimeError(
                 f"{self._rule}: the arrays changed during the step, or this is a bug to report; nothing was stepped"
             )
+        if result is True or not result[0]:
+            tensors.wrote([given_ema, given_copies, *[self._flatten("grads", grads)[1]] * ask.zero_grads])
         return result
 
     def _listed(self, value: Any) -> Any:
@@ -424,7 +435,8 @@ class SGD(Optimizer):
         )
         super().__init__(params, defaults, state_dtype)
 
-    def _row_of(self, group: Mapping[str, Any], step: int, lr: Any) -> coefficients.Row:
+    @staticmethod
+    def _row_of(group: Mapping[str, Any], step: int, lr: Any) -> coefficients.Row:
         return coefficients.sgd(
             step,
             lr,
@@ -471,7 +483,8 @@ class Adam(Optimizer):
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize)
         super().__init__(params, defaults, state_dtype)
 
-    def _row_of(self, group: Mapping[str, Any], step: int, lr: Any) -> coefficients.Row:
+    @staticmethod
+    def _row_of(group: Mapping[str, Any], step: int, lr: Any) -> coefficients.Row:
         return coefficients.adam(
             step, lr, group["betas"], group["eps"], group["weight_decay"], group["amsgrad"], group["maximize"]
         )
@@ -512,7 +525,8 @@ class AdamW(Optimizer):
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize)
         super().__init__(params, defaults, state_dtype)
 
-    def _row_of(self, group: Mapping[str, Any], step: int, lr: Any) -> coefficients.Row:
+    @staticmethod
+    def _row_of(group: Mapping[str, Any], step: int, lr: Any) -> coefficients.Row:
         return coefficients.adamw(
             step, lr, group["betas"], group["eps"], group["weight_decay"], group["amsgrad"], group["maximize"]
         )
@@ -560,14 +574,16 @@ class Adagrad(Optimizer):
         )
         super().__init__(params, defaults, state_dtype)
 
-    def _row_of(self, group: Mapping[str, Any], step: int, lr: Any) -> coefficients.Row:
+    @staticmethod
+    def _row_of(group: Mapping[str, Any], step: int, lr: Any) -> coefficients.Row:
         return coefficients.adagrad(step, lr, group["lr_decay"], group["weight_decay"], group["eps"], group["maximize"])
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         super()._check_group(group)
         self._fill(group)
 
-    def _fill(self, group: Mapping[str, Any]) -> float:
+    @staticmethod
+    def _fill(group: Mapping[str, Any]) -> float:
         return coefficients.non_negative("initial_accumulator_value", group["initial_accumulator_value"])
 
 
@@ -613,7 +629,8 @@ class RMSprop(Optimizer):
         )
         super().__init__(params, defaults, state_dtype)
 
-    def _row_of(self, group: Mapping[str, Any], step: int, lr: Any) -> coefficients.Row:
+    @staticmethod
+    def _row_of(group: Mapping[str, Any], step: int, lr: Any) -> coefficients.Row:
         return coefficients.rmsprop(
             lr,
             group["alpha"],
@@ -656,7 +673,8 @@ class Lion(Optimizer):
         defaults = dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize)
         super().__init__(params, defaults, state_dtype)
 
-    def _row_of(self, group: Mapping[str, Any], step: int, lr: Any) -> coefficients.Row:
+    @staticmethod
+    def _row_of(group: Mapping[str, Any], step: int, lr: Any) -> coefficients.Row:
         return coefficients.lion(lr, group["betas"], group["weight_decay"], group["maximize"])
 
 

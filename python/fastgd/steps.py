@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fastgd import arrays, coefficients, onepass
+from fastgd import arrays, coefficients, onepass, tensors
 from fastgd.arrays import Arrays, Gradients
 from fastgd.onepass import OnePass
 from fastgd.stats import StepStats
@@ -531,10 +531,12 @@ class Steps:
     ) -> Any:
         """What the engine did not take as it came: raise what is wrong with it, or step it as plain lists."""
         checked = arrays.check(names, params, grads, states, ask.ema, ask.copies, ask.zero_grads)
-        ask = ask._replace(ema=checked.ema, copies=checked.copies)
-        result = self._engine.step(rule, rows, row_of, checked.params, checked.grads, checked.states, True, ask)
+        plain = ask._replace(ema=checked.ema, copies=checked.copies)
+        result = self._engine.step(rule, rows, row_of, checked.params, checked.grads, checked.states, True, plain)
         if result is False:
             raise RuntimeError(f"{rule}: the engine refused arrays that were checked; please report this")
+        if result is True or not result[0]:
+            tensors.wrote([params, *states, ask.ema, ask.copies, *[grads] * ask.zero_grads])
         return result
 
     def _one_pass(

@@ -42,13 +42,13 @@ def step(
         for i, (p, g) in enumerate(zip(params, grads, strict=True))
         if g is not None
     }
-    return run(jobs, len(params), Ask(*one_pass or ()))
+    return run(jobs, params, Ask(*one_pass or ()))
 
 
 class Prepared:
     """The parameters of an optimizer with their step counts. Unlike the compiled one it asks for states each time."""
 
-    def __init__(self, rule: str) -> None:
+    def __init__(self, rule: str, steady: bool = False) -> None:
         self._rule = rule
         self._params: list[Any] = []
         self._groups: list[int] = []
@@ -76,7 +76,7 @@ class Prepared:
         for i in stepping:
             row = rows[keys[i]]
             jobs[i] = Job(_rules[self._rule], row, self._params[i], grads[i], initialise(i, row[0]))
-        result = run(jobs, len(self._params), Ask(*one_pass or ()))
+        result = run(jobs, self._params, Ask(*one_pass or ()))
         if result is True or not result[0]:  # not skipped
             for i in stepping:
                 self._steps[i] += 1

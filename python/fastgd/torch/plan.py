@@ -1,0 +1,206 @@
+"""What the engine needs of an optimizer, made ready once and used as long as the optimizer holds the same objects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from operator import is_
+from typing import Any
+
+import torch
+
+from fastgd import arrays, engine, onepass, optimizers, tensors
+from fastgd.torch import sharded
+
+Pairs = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+class Plan:
+    """A step over the tensors themselves, which the engine reads anew each time.
+
+    Parameters
+    ----------
+    optimizer : OnePassOptimizer
+        Whose groups and state these are; nothing of it is changed but its state.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self.state = optimizer.state
+        self.groups = optimizer.param_groups
+        self.rule = optimizer._rule_of_groups()
+        self._counts: bool = optimizer._counts
+        self._state_dtype: torch.dtype | None = optimizer._state_dtype
+        self.params: list[Any] = [p for group in self.groups for p in group["params"]]
+        self._group_of = [i for i, group in enumerate(self.groups) for _ in group["params"]]
+        names = [name for group in self.groups for name in group.get("param_names", ())]
+        self.names: Sequence[Any] = names if len(names) == len(self.params) else range(len(self.params))
+        self._sharded = [p for p in self.params if sharded.is_sharded(p)]
+        self.whole = sharded.Whole(self.params, optimizer.one_pass["norm_group"])
+        self.local = [sharded.local(p) for p in self.params]
+        self.ema, self.tracked = self._place_averages(optimizer._ema[0] if optimizer._ema else [])
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self._shards = [sharded.local(p) for p in self._sharded]
+        self._snapshot: Any = None
+        for kind in {type(p) for p in self.local}:
+            tensors.learn(kind)
+        self._prepared = engine.active.Prepared(self.rule._rule, True)
+        self._add(self.local)
+
+    def _add(self, params: Sequence[Any]) -> None:
+        """Give the engine the parameters, and the step counts that the state has."""
+        for i, p in zip(self._group_of, params, strict=True):
+            self._prepared.add(i, [p])
+        self._prepared.load([self._steps_of(p) for p in self.params])
+
+    def holds(self, optimizer: Any) -> bool:
+        """Whether the optimizer still has all that this was made from."""
+        if optimizer.state is not self.state or optimizer.param_groups is not self.groups:
+            return False
+        if self._snapshot is None:
+            self._snapshot = engine.active.Snapshot(self.state, self.groups)
+            return True
+        return self._snapshot.same(self.state, self.groups) and (
+            not self._sharded or all(map(is_, map(sharded.local, self._sharded), self._shards))
+        )
+
+    def gradients(self) -> list[Any]:
+        """The gradients, or this process's parts of them."""
+        grads = [p.grad for p in self.params]
+        if self._sharded:
+            grads = [sharded.local(sharded.aligned(g, p)) for g, p in zip(grads, self.params, strict=True)]
+        return grads
+
+    def step(self, grads: list[Any], ask: onepass.Ask | None) -> Any:
+        """What ``Prepared.step`` returns; False where something needs a closer look, and nothing has changed."""
+        return self._prepared.step(grads, self._row, self._initialise, False, ask)
+
+    def _row(self, index: int, step: int) -> Any:
+        group = self.groups[index]
+        return self.rule._row_of(group, step, group["lr"])
+
+    def _initialise(self, index: int, variant: int) -> tuple[Any, ...]:
+        """The states of a parameter, new ones where it has none, and its count: called by the engine."""
+        p = self.params[index]
+        state = self.state[p]
+        self._snapshot = None
+        if self._counts and not _is_count(state.get("step")):
+            dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32  # as torch
+            state["step"] = torch.tensor(float(state.get("step", 0)), dtype=dtype)
+        keys = self.rule._keys(variant)
+        for key in keys:
+            if state.get(key) is None:
+                fill = self.rule._fill(self.groups[self._group_of[index]])
+                state[key] = torch.full_like(p, fill, dtype=self._state_dtype, requires_grad=False)
+        states = tuple(sharded.local(state[key]) for key in keys)
+        return (*states, state["step"]) if self._counts else states
+
+    def _steps_of(self, p: Any) -> int:
+        state = self.state.get(p)
+        if not state:
+            return 0
+        if not self._counts:  # with a state the next is not the first
+            return int(any(value is not None for value in state.values()))
+        return optimizers._read_step("state['step']", state.get("step", 0))
+
+    def _place_averages(self, pairs: Pairs) -> tuple[list[Any] | None, tuple[list[Any], list[Any]] | None]:
+        """The averages of the parameters, None where one has none; and the other tensors with theirs."""
+        if not pairs:
+            return None, None
+        ema: list[Any] = [None] * len(self.params)
+        index_of = {_place(p): i for i, p in enumerate(self.local) if p.numel()}
+        others: list[Any] = []
+        for tensor, average in pairs:
+            source, target = sharded.local(tensor), sharded.local(average)
+            i = index_of.get(_place(source))
+            if i is not None and source.numel():
+                ema[i] = target
+            elif source.numel():
+                others.append((source, target))
+        tracked = ([source for source, _ in others], [target for _, target in others])
+        return (ema if any(e is not None for e in ema) else None), tracked
+
+
+class ViewedPlan(Plan):
+    """One step over NumPy's views of the tensors, each checked: for what is odd, and to say what is wrong with it."""
+
+    def _prepare(self) -> None:
+        self._labels = [
+            f"param_groups[{g}]['params'][{i}]"
+            for g, group in enumerate(self.groups)
+            for i in range(len(group["params"]))
+        ]
+        self._views = arrays.check_params(self._labels, self.local)
+        self._prepared = engine.active.Prepared(self.rule._rule)
+        self._add(self._views)
+
+    def step(self, grads: list[Any], ask: onepass.Ask | None) -> Any:
+        ask = ask or onepass.NOTHING
+        labels = [f"{label}.grad" for label in self._labels]
+        grads = [g.resolve_neg() if g is not None and not ask.zero_grads and g.is_neg() else g for g in grads]
+        views = arrays.check_grads(labels, self._views, grads, ask.zero_grads)
+        written = list(zip(self._labels, self._views, strict=True))
+        read: list[tuple[str, Any]] = []
+        (written if ask.zero_grads else read).extend(
+            (label, g) for label, g in zip(labels, views, strict=True) if g is not None
+        )
+        for label, p, view in zip(self._labels, self.params, self._views, strict=True):
+            for key, value in self.state.get(p, {}).items():
+                if key in self.rule._states and value is not None:
+                    label_of = f"the state {key!r} of {label}"
+                    written.append((label_of, arrays.check_state(label_of, view, sharded.local(value))))
+        plain = ask
+        if ask.ema is not None:
+            labels = [f"the average of {label}" for label in self._labels]
+            entries = zip(labels, self._views, ask.ema, strict=True)
+            ema = [None if e is None else arrays.check_ema(label, p, e) for label, p, e in entries]
+            written += [(label, e) for label, e in zip(labels, ema, strict=True) if e is not None]
+            plain = plain._replace(ema=ema)
+        if ask.copies is not None:
+            labels = [f"copies[{i}]" for i in range(len(self.params))]
+            copies = [arrays.check_copy(*entry) for entry in zip(labels, self._views, ask.copies, strict=True)]
+            written += zip(labels, copies, strict=True)
+            plain = plain._replace(copies=copies)
+        if ask.tracked is not None:
+            sources = [arrays.check_array("a tracked tensor", x) for x in ask.tracked[0]]
+            averages = [
+                arrays.check_ema("the average of a tracked tensor", x, e)
+                for x, e in zip(sources, ask.tracked[1], strict=True)
+            ]
+            read += [("a tracked tensor", x) for x in sources]
+            written += [("the average of a tracked tensor", e) for e in averages]
+            plain = plain._replace(tracked=(sources, averages))
+        arrays.check_memory(written, read)
+        result = self._prepared.step(views, self._row, self._initialise, True, plain)
+        if result is False:
+            raise RuntimeError(f"{self.rule._rule}: the engine refused tensors that were checked; please report this")
+        if result is True or not result[0]:
+            stepped = [p for p, g in zip(self.params, grads, strict=True) if g is not None]
+            if self._counts:
+                for p in stepped:
+                    self.state[p]["step"] += 1
+            tensors.wrote([stepped, ask.ema, ask.copies, ask.tracked and ask.tracked[1], *[grads] * ask.zero_grads])
+        return result
+
+    def _initialise(self, index: int, variant: int) -> tuple[Any, ...]:
+        states = super()._initialise(index, variant)
+        return tuple(tensors.ndarray("state", x, True) for x in (states[:-1] if self._counts else states))
+
+
+def direct() -> bool:
+    """Whether the engine reads tensors itself: it is the compiled one, and torch has the exchange API."""
+    return tensors.learn(torch.Tensor)
+
+
+def _is_count(value: Any) -> bool:
+    return (
+        isinstance(value, torch.Tensor)
+        and value.ndim == 0
+        and value.device.type == "cpu"
+        and value.dtype in (torch.float32, torch.float64)
+    )
+
+
+def _place(x: Any) -> tuple[Any, ...]:
+    """Where a tensor lies: two that lie alike are one, as a parameter and its entry in a state dict are."""
+    return x.data_ptr(), x.dtype, tuple(x.shape), x.stride()
