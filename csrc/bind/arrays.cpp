@@ -66,7 +66,7 @@ bool dtype_of(const dlpack::DataType& type, Dtype& dtype) {
     return type.code == dlpack::floating && type.bits >= 16;
 }
 
-bool read_tensor(PyObject* array, const Learned& type, View& view) {
+bool read_tensor(PyObject* array, const Learned& type, View& view, bool settled) {
     static_assert(sizeof(Py_ssize_t) == sizeof(int64_t));
     dlpack::Tensor t;
     if (type.read(array, &t) != 0) {
@@ -95,7 +95,7 @@ bool read_tensor(PyObject* array, const Learned& type, View& view) {
     }
     if (size == 0) return view.c_order = view.f_order = true;
     if (!t.data) return false;  // what only stands for a tensor, or lost its storage
-    if (size > 1 && (view.c_order || view.f_order)) return true;
+    if (settled || (size > 1 && (view.c_order || view.f_order))) return true;
     PyObject* lazy = PyObject_CallMethodNoArgs(array, type.lazy);
     if (!lazy) PyErr_Clear();
     Py_XDECREF(lazy);
@@ -134,11 +134,11 @@ int64_t View::size() const {
     return n;
 }
 
-bool read(PyObject* array, View& view, bool any_subclass) {
+bool read(PyObject* array, View& view, bool any_subclass, bool settled) {
     PyTypeObject* ndarray = py::detail::npy_api::get().PyArray_Type_;
     view.object = array;
     if (Py_TYPE(array) != ndarray) {
-        if (const Learned* type = learned(Py_TYPE(array))) return read_tensor(array, *type, view);
+        if (const Learned* type = learned(Py_TYPE(array))) return read_tensor(array, *type, view, settled);
         if (!any_subclass || !PyObject_TypeCheck(array, ndarray)) return false;
     }
     const auto* a = py::detail::array_proxy(array);

@@ -24,8 +24,8 @@ struct View {
 };
 
 // Reads a numpy.ndarray, or a tensor of a type that was learned; with `any_subclass` (Python has looked at it) also an
-// instance of a subclass of ndarray.
-bool read(PyObject* array, View& view, bool any_subclass);
+// instance of a subclass of ndarray. `settled`: one of our own making, which is not asked whether it is lazy.
+bool read(PyObject* array, View& view, bool any_subclass, bool settled = false);
 
 // Makes `read` take tensors of exactly this type through its DLPack exchange API; false where it has none that fits.
 // `lazy` names a method that tells whether a tensor's memory does not hold its values yet, as torch's negative views.

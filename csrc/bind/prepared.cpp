@@ -45,15 +45,9 @@ class Prepared {
         if (!flat(g) || (ask.ema && !flat(*extras.ema)) || (ask.copies && !flat(*extras.copies))) return refused;
 
         // The gradients first: nobody is asked for coefficients or states as long as one may be refused.
-        struct Stepping {
-            size_t index;
-            View param, grad;
-            Span param_span, grad_span;
-        };
-        std::vector<Stepping> stepping;
+        stepping.clear();
         std::vector<Span> spans;  // of what is not the parameters' own
         std::vector<std::array<View, 2>> averages;
-        stepping.reserve(entries.size());
         for (size_t i = 0; i < entries.size(); ++i) {
             View param, grad, more[max_operands];
             const bool skip = g[i] == Py_None;
@@ -86,7 +80,7 @@ class Prepared {
                 averages.push_back(pair);
             }
         }
-        if (!checked && meet(stepping, spans, ask.zero_grads)) return refused;
+        if (!checked && meet(spans, ask.zero_grads)) return refused;
 
         std::map<std::pair<int, int64_t>, Row> rows;  // nodes stay where they are: jobs point to them
         auto last = rows.end();
@@ -115,13 +109,11 @@ class Prepared {
         }
 
         // What was called so far may have changed an array. From here on nothing calls into Python.
-        std::vector<Job> jobs;
-        std::vector<Py_ssize_t> index;
-        std::vector<Count> counts;
+        jobs.clear();
+        index.clear();
+        counts.clear();
         Storage storage;
         Touched touched;
-        jobs.reserve(stepping.size() + averages.size());
-        index.reserve(stepping.size());
         for (size_t k = 0; k < stepping.size(); ++k) {
             const Stepping& s = stepping[k];
             const Entry& entry = entries[s.index];
@@ -214,7 +206,7 @@ class Prepared {
     struct Count {
         // False where it shows anything but `steps`: Python is to look closer.
         bool read(const py::object& count, int64_t steps) {
-            if (!fastgd::read(count.ptr(), view, true) || view.ndim != 0) return false;
+            if (!fastgd::read(count.ptr(), view, true, true) || view.ndim != 0) return false;
             if (view.dtype == Dtype::float32) return *reinterpret_cast<float*>(view.data) == float(steps);
             return view.dtype == Dtype::float64 && *reinterpret_cast<double*>(view.data) == double(steps);
         }
@@ -225,6 +217,12 @@ class Prepared {
                 *reinterpret_cast<double*>(view.data) += 1;
         }
         View view;
+    };
+
+    struct Stepping {
+        size_t index;
+        View param, grad;
+        Span param_span, grad_span;
     };
 
     // One caller at a time: the GIL is released within a step, and some Pythons have none.
@@ -293,7 +291,7 @@ class Prepared {
     }
 
     // Whether a gradient or another span meets one that steps write, or, where some are written themselves, another.
-    template <class Stepping> bool meet(const std::vector<Stepping>& stepping, std::vector<Span>& spans, bool zeroed) {
+    bool meet(std::vector<Span>& spans, bool zeroed) {
         if (stale) map_written();
         if (entangled) return true;
         for (const Span& s : spans)
@@ -313,6 +311,11 @@ class Prepared {
     const bool steady;  // coefficients and initialise change no array that was there before
     std::vector<Entry> entries;
     std::vector<Span> written;
+    // Of one step; kept, for hundreds of jobs are more than malloc keeps.
+    std::vector<Stepping> stepping;
+    std::vector<Job> jobs;
+    std::vector<Py_ssize_t> index;
+    std::vector<Count> counts;
     bool stale = true;
     bool entangled = false;  // some of `written` meet, and nobody has looked closer when they were added
     std::atomic<uint64_t> busy{0};

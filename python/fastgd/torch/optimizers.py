@@ -120,7 +120,7 @@ class OnePassOptimizer(torch.optim.Optimizer):
                     "torch.optim's classes have one"
                 )
             for i, p in enumerate(group["params"]):
-                if not torch.is_floating_point(p):
+                if not p.dtype.is_floating_point:
                     raise TypeError(
                         f"param_groups[{len(self.param_groups) - 1}]['params'][{i}]: expected a tensor of real "
                         f"numbers, got dtype {p.dtype}; of a complex one pass torch.view_as_real(p)"

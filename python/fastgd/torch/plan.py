@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from operator import is_
 from typing import Any
 
@@ -33,15 +33,16 @@ class Plan:
         self._group_of = [i for i, group in enumerate(self.groups) for _ in group["params"]]
         names = [name for group in self.groups for name in group.get("param_names", ())]
         self.names: Sequence[Any] = names if len(names) == len(self.params) else range(len(self.params))
-        self._sharded = [p for p in self.params if sharded.is_sharded(p)]
+        self._sharded = [p for p in self.params if sharded.is_sharded(p)]  # and their states
+        self._shards = [sharded.local(p) for p in self._sharded]
         self.whole = sharded.Whole(self.params, optimizer.one_pass["norm_group"])
         self.local = [sharded.local(p) for p in self.params]
         self.ema, self.tracked = self._place_averages(optimizer._ema[0] if optimizer._ema else [])
         self._prepare()
 
     def _prepare(self) -> None:
-        self._shards = [sharded.local(p) for p in self._sharded]
         self._snapshot: Any = None
+        self._owners: list[Any] = []
         for kind in {type(p) for p in self.local}:
             tensors.learn(kind)
         self._prepared = engine.active.Prepared(self.rule._rule, True)
@@ -57,11 +58,10 @@ class Plan:
         """Whether the optimizer still has all that this was made from."""
         if optimizer.state is not self.state or optimizer.param_groups is not self.groups:
             return False
-        if self._snapshot is None:
-            self._snapshot = engine.active.Snapshot(self.state, self.groups)
-            return True
-        return self._snapshot.same(self.state, self.groups) and (
-            not self._sharded or all(map(is_, map(sharded.local, self._sharded), self._shards))
+        return (
+            self._snapshot is not None
+            and self._snapshot.same(self.state, self.groups)
+            and all(map(is_, map(sharded.local, self._sharded), self._shards))
         )
 
     def gradients(self) -> list[Any]:
@@ -73,11 +73,16 @@ class Plan:
 
     def step(self, grads: list[Any], ask: onepass.Ask | None) -> Any:
         """What ``Prepared.step`` returns; False where something needs a closer look, and nothing has changed."""
-        return self._prepared.step(grads, self._row, self._initialise, False, ask)
+        result = self._prepared.step(grads, self._row, self._initialise, False, ask)
+        if self._snapshot is None:
+            self._snapshot = engine.active.Snapshot(self.state, self.groups)
+        return result
 
     def _row(self, index: int, step: int) -> Any:
         group = self.groups[index]
-        return self.rule._row_of(group, step, group["lr"])
+        lr = group["lr"]
+        # A schedule that ends at zero may end a rounding error below it, which torch does not mind.
+        return self.rule._row_of(group, step, 0.0 if -1e-9 < lr < 0 else lr)
 
     def _initialise(self, index: int, variant: int) -> tuple[Any, ...]:
         """The states of a parameter, new ones where it has none, and its count: called by the engine."""
@@ -92,8 +97,16 @@ class Plan:
             if state.get(key) is None:
                 fill = self.rule._fill(self.groups[self._group_of[index]])
                 state[key] = torch.full_like(p, fill, dtype=self._state_dtype, requires_grad=False)
-        states = tuple(sharded.local(state[key]) for key in keys)
-        return (*states, state["step"]) if self._counts else states
+        states = [sharded.local(state[key]) for key in keys]
+        for key, local in zip(keys, states, strict=True):
+            if local is not state[key]:
+                self._sharded.append(state[key])
+                self._shards.append(local)
+        if self._counts:
+            states.append(state["step"])
+        # An owner in C++: where Python is the only one, torch takes twice as long to show a tensor.
+        self._owners += [x.__dlpack__() for x in states]
+        return tuple(states)
 
     def _steps_of(self, p: Any) -> int:
         state = self.state.get(p)
@@ -131,6 +144,7 @@ class ViewedPlan(Plan):
             for i in range(len(group["params"]))
         ]
         self._views = arrays.check_params(self._labels, self.local)
+        self._owners = []
         self._prepared = engine.active.Prepared(self.rule._rule)
         self._add(self._views)
 
