@@ -173,7 +173,7 @@ bool learn(py::type type, py::str lazy) {
     return true;
 }
 
-void Touched::call(py::function written) { written_call = written.inc_ref().ptr(); }
+void Touched::call(py::function written) { Py_XDECREF(written_call.exchange(written.release().ptr())); }
 
 void Touched::tell() const {
     const py::handle told(written_call);

@@ -1,4 +1,7 @@
-"""Fused steps of gradient descent for NumPy arrays: one text, one answer, one pass."""
+"""Fused steps of gradient descent for NumPy arrays and torch tensors: one text, one answer, one pass."""
+
+from importlib import import_module as _import_module
+from types import ModuleType as _ModuleType
 
 from fastgd import engine as _engine
 from fastgd import reference
@@ -14,6 +17,14 @@ adamw_step = _steps.adamw_step
 adagrad_step = _steps.adagrad_step
 rmsprop_step = _steps.rmsprop_step
 lion_step = _steps.lion_step
+
+
+def __getattr__(name: str) -> _ModuleType:
+    """`fastgd.torch` and `fastgd.ultralytics`, imported when they are asked for."""
+    if name in ("torch", "ultralytics"):
+        return _import_module(f"fastgd.{name}")
+    raise AttributeError(f"module 'fastgd' has no attribute {name!r}")
+
 
 __all__ = [
     "SGD",

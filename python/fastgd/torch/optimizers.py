@@ -33,14 +33,15 @@ class OnePassOptimizer(torch.optim.Optimizer):
     skip_nonfinite : bool
         Leave a step out where any gradient holds NaN or inf: nothing moves and nothing is counted.
     zero_grads : bool
-        Leave zeros in the gradients after a step; ``zero_grad`` need not be called then.
+        Leave zeros in the gradients after each step, one that was skipped too; ``zero_grad`` need not be called then.
     stats : bool
-        Measure each step: `last_stats`.
+        Measure each step: `last_stats`. Of sharded parameters the norms are of the whole; with `norm_group` they are of
+        this process's parameters.
     copies : sequence of tensors, optional
         One a parameter, which takes the new values, rounded: a bfloat16 model of float32 master weights.
-    norm_group : ProcessGroup, optional
+    norm_group : ProcessGroup or "world", optional
         Where the members of a group hold different parameters, as under ``ZeroRedundancyOptimizer``: `max_norm` and
-        `skip_nonfinite` are of all of them then.
+        `skip_nonfinite` are of all of them then. A name can be pickled, which a group cannot.
     state_dtype : torch.dtype, optional
         dtype of new state, such as float32 beside bfloat16 parameters; by default that of the parameter.
 
@@ -140,7 +141,8 @@ class OnePassOptimizer(torch.optim.Optimizer):
         """Keep moving averages of tensors, updated in each step: ``average += (1 - decay) * (tensor - average)``.
 
         Those that are parameters of this optimizer are averaged in the step's pass, others, such as buffers and
-        frozen parameters, in the same call. A step that is skipped averages nothing.
+        frozen parameters, in the same call. A step that is skipped averages nothing. Averages and `ema_updates` are the
+        caller's to save; restore them last, for ``torch.distributed.checkpoint`` makes an optimizer's state by a step.
 
         Parameters
         ----------
@@ -216,27 +218,8 @@ class OnePassOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        plan = self._plan
-        if plan is None or not plan.holds(self):
-            with torch.no_grad():
-                plan = self._plan = Plan(self) if direct() else ViewedPlan(self)
-        ask = self._ask(plan, amp.scale_and_found(self, scaler))
-        grads = plan.gradients()
-        try:
-            result = plan.step(grads, ask)
-            if result is False:
-                with torch.no_grad():
-                    result = ViewedPlan(self).step(grads, ask)
-                self._plan = None
-        finally:
-            if type(plan) is ViewedPlan:  # for one step only
-                self._plan = None
-        skipped = result is not True and result[0]
-        self.last_stats = self._stats(plan, grads, result, ask) if ask is not None and result is not True else None
-        if ask is not None and ask.tracked is not None and not skipped:
-            self.ema_updates += 1
-        if scaler is not None and scaler.is_enabled():
-            amp.tell(self, scaler, skipped)
+        with torch.no_grad():
+            self._step(scaler)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -282,6 +265,31 @@ class OnePassOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan = None
+
+    def _step(self, scaler: Any) -> None:
+        plan = self._plan
+        if plan is None or not plan.holds(self):
+            plan = self._plan = Plan(self) if direct() else ViewedPlan(self)
+        ask = self._ask(plan, amp.scale_and_found(self, scaler))
+        grads = plan.gradients()
+        try:
+            result = plan.step(grads, ask)
+            if result is False:
+                plan = ViewedPlan(self)
+                result = plan.step(grads, ask)
+        except BaseException:
+            plan.forget_new_states()
+            self._plan = None
+            raise
+        skipped = result is not True and result[0]
+        self.last_stats = self._stats(plan, grads, result, ask) if ask is not None and result is not True else None
+        plan.settle(grads, ask is not None and ask.zero_grads, skipped)
+        if type(plan) is ViewedPlan:  # for one step only
+            self._plan = None
+        if ask is not None and ask.tracked is not None and not skipped:
+            self.ema_updates += 1
+        if scaler is not None and scaler.is_enabled():
+            amp.tell(self, scaler, skipped)
 
     def _rule_of_groups(self) -> type[optimizers.Optimizer]:
         """The class of ``fastgd`` that has the rule of all groups."""

@@ -35,8 +35,9 @@ class Plan:
         self.names: Sequence[Any] = names if len(names) == len(self.params) else range(len(self.params))
         self._sharded = [p for p in self.params if sharded.is_sharded(p)]  # and their states
         self._shards = [sharded.local(p) for p in self._sharded]
-        self.whole = sharded.Whole(self.params, optimizer.one_pass["norm_group"])
+        self.whole = sharded.Whole(self.params, sharded.group_of(optimizer.one_pass["norm_group"]))
         self.local = [sharded.local(p) for p in self.params]
+        self._made: list[tuple[Any, list[str]]] = []  # states that this step has made: parameter and keys
         self.ema, self.tracked = self._place_averages(optimizer._ema[0] if optimizer._ema else [])
         self._prepare()
 
@@ -78,6 +79,34 @@ class Plan:
             self._snapshot = engine.active.Snapshot(self.state, self.groups)
         return result
 
+    def forget_new_states(self) -> None:
+        """After a step that moved nothing: with a state, the next would not be the first."""
+        for p, keys in self._made:
+            for key in keys:
+                self.state[p].pop(key, None)
+            if not self.state[p]:
+                del self.state[p]
+        if self._made:
+            self._snapshot = None
+            self._made.clear()
+
+    def settle(self, grads: list[Any], zero_grads: bool, skipped: bool) -> None:
+        """What is left to do when a step has ended."""
+        if skipped:
+            self.forget_new_states()
+            if zero_grads:  # else what is not finite stays in them, and every step to come is skipped
+                for g in grads:
+                    if g is not None:
+                        g.zero_()
+        self._made.clear()
+        for p in self._sharded:  # the engine knew their shards
+            if p.grad is None:
+                continue
+            if not skipped:
+                torch.autograd.graph.increment_version(p)
+            if zero_grads and tuple(p.grad.placements) != tuple(p.placements):  # a copy was read and zeroed
+                p.grad.zero_()
+
     def _row(self, index: int, step: int) -> Any:
         group = self.groups[index]
         lr = group["lr"]
@@ -88,6 +117,7 @@ class Plan:
         """The states of a parameter, new ones where it has none, and its count: called by the engine."""
         p = self.params[index]
         state = self.state[p]
+        before = set(state)
         self._snapshot = None
         if self._counts and not _is_count(state.get("step")):
             dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32  # as torch
@@ -97,6 +127,7 @@ class Plan:
             if state.get(key) is None:
                 fill = self.rule._fill(self.groups[self._group_of[index]])
                 state[key] = torch.full_like(p, fill, dtype=self._state_dtype, requires_grad=False)
+        self._made.append((p, [key for key in state if key not in before]))
         states = [sharded.local(state[key]) for key in keys]
         for key, local in zip(keys, states, strict=True):
             if local is not state[key]:

@@ -30,6 +30,15 @@ def aligned(grad: Any, param: Any) -> Any:
     return grad
 
 
+def group_of(group: Any) -> Any:
+    """A process group, or the one that a name stands for."""
+    if not isinstance(group, str):
+        return group
+    if group != "world":
+        raise ValueError(f"norm_group: expected a process group or 'world', got {group!r}")
+    return dist.group.WORLD
+
+
 class Whole:
     """Sums over the whole model of what each process has summed over its part.
 
@@ -84,7 +93,7 @@ class Whole:
 def _shard_groups(x: Any) -> tuple[Any, ...]:
     if not is_sharded(x):
         return ()
-    return tuple(x.device_mesh.get_group(i) for i, placement in enumerate(x.placements) if placement.is_shard())
+    return tuple(x.device_mesh.get_group(i) for i, placement in enumerate(x.placements) if not placement.is_replicate())
 
 
 def _added(numbers: Sequence[float], group: Any) -> list[float]:
