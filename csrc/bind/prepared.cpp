@@ -44,7 +44,23 @@ class Prepared {
         auto flat = [&](const Items& items) { return !items.named() && items.size() == Py_ssize_t(entries.size()); };
         if (!flat(g) || (ask.ema && !flat(*extras.ema)) || (ask.copies && !flat(*extras.copies))) return refused;
 
-        // The gradients first: nobody is asked for coefficients or states as long as one may be refused.
+        std::map<std::pair<int, int64_t>, Row> rows;  // nodes stay where they are: jobs point to them
+        auto last = rows.end();
+        std::vector<const Row*> row_of;
+        row_of.reserve(entries.size());
+        auto ask_row = [&](size_t i) {
+            if (entries[i].steps == std::numeric_limits<int64_t>::max())
+                throw py::value_error("step: expected a count below 2**63 - 1, which a parameter has reached");
+            const std::pair<int, int64_t> key{entries[i].group, entries[i].steps + 1};
+            if (last == rows.end() || last->first != key) last = rows.find(key);
+            if (last == rows.end()) last = rows.emplace(key, read_row(id, coefficients(key.first, key.second))).first;
+            row_of.push_back(&last->second);
+        };
+        if (steady)  // what is read below then need not be read twice
+            for (size_t i = 0; i < entries.size(); ++i)
+                if (g[i] != Py_None) ask_row(i);
+
+        // The gradients first: nobody is asked for states, or a schedule, as long as one may be refused.
         stepping.clear();
         std::vector<Span> spans;  // of what is not the parameters' own
         std::vector<std::array<View, 2>> averages;
@@ -82,18 +98,8 @@ class Prepared {
         }
         if (!checked && meet(spans, ask.zero_grads)) return refused;
 
-        std::map<std::pair<int, int64_t>, Row> rows;  // nodes stay where they are: jobs point to them
-        auto last = rows.end();
-        std::vector<const Row*> row_of;
-        row_of.reserve(stepping.size());
-        for (const Stepping& s : stepping) {
-            if (entries[s.index].steps == std::numeric_limits<int64_t>::max())
-                throw py::value_error("step: expected a count below 2**63 - 1, which a parameter has reached");
-            const std::pair<int, int64_t> key{entries[s.index].group, entries[s.index].steps + 1};
-            if (last == rows.end() || last->first != key) last = rows.find(key);
-            if (last == rows.end()) last = rows.emplace(key, read_row(id, coefficients(key.first, key.second))).first;
-            row_of.push_back(&last->second);
-        }
+        if (!steady)
+            for (const Stepping& s : stepping) ask_row(s.index);
         bool renewing = false;
         for (size_t k = 0; k < stepping.size(); ++k)
             renewing = renewing || entries[stepping[k].index].variant != row_of[k]->variant;
@@ -106,9 +112,10 @@ class Prepared {
             for (size_t k = 0; k < stepping.size(); ++k)
                 if (entries[stepping[k].index].variant != row_of[k]->variant)
                     renew(stepping[k].index, *row_of[k], initialise);
+            if (!checked && meet(spans, ask.zero_grads)) return refused;
         }
 
-        // What was called so far may have changed an array. From here on nothing calls into Python.
+        // What was called so far may have changed an array.
         jobs.clear();
         index.clear();
         counts.clear();
@@ -119,7 +126,7 @@ class Prepared {
             const Entry& entry = entries[s.index];
             View views[max_operands] = {s.param, s.grad};
             int operands = 2;
-            if (!steady &&
+            if ((renewing || !steady) &&
                 (!read(entry.param.ptr(), views[0], true) || !read(g[s.index], views[1], checked) ||
                  !fits(views[0], views[1], checked, ask.zero_grads) || !(span(views[0], true) == s.param_span) ||
                  !(span(views[1], ask.zero_grads) == s.grad_span)))
@@ -291,7 +298,7 @@ class Prepared {
     }
 
     // Whether a gradient or another span meets one that steps write, or, where some are written themselves, another.
-    bool meet(std::vector<Span>& spans, bool zeroed) {
+    bool meet(std::vector<Span> spans, bool zeroed) {
         if (stale) map_written();
         if (entangled) return true;
         for (const Span& s : spans)
@@ -308,7 +315,7 @@ class Prepared {
     }
 
     const RuleId id;
-    const bool steady;  // coefficients and initialise change no array that was there before
+    const bool steady;  // coefficients are plain numbers, to be had before anything is read
     std::vector<Entry> entries;
     std::vector<Span> written;
     // Of one step; kept, for hundreds of jobs are more than malloc keeps.

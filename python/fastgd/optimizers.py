@@ -48,7 +48,7 @@ class Optimizer:
         self._forms: list[arrays.Form] = []  # by group
         self._last_lr: list[Any] = []  # by group
         self._params: list[Array] = []  # by parameter, over all groups
-        self._tensors: list[Any] = []  # those that came as tensors
+        self._tensors: dict[int, Any] = {}  # those that came as tensors, by their index
         self._labels: list[str] = []
         self._names: Sequence[Hashable] = []  # what a StepStats calls them
         self._group_of: list[int] = []
@@ -105,13 +105,15 @@ class Optimizer:
             Shapes, lengths or forms that differ, gradients that overlap parameters or state, a hyperparameter out of
             range. Nothing has changed then.
         """
+        if self._tensors:
+            self._check_tensors()
         if one_pass:
             return self._one_pass(grads, one_pass)
         flat = self._listed(grads) if type(grads) is dict else grads
         if not self._prepared.step(flat, self._row, self._initialise, False):
             self._check_and_step(grads)
         if self._tensors:
-            tensors.wrote([self._tensors])
+            self._tell(grads)
         return None
 
     @property
@@ -310,7 +312,8 @@ class Optimizer:
         self._forms.append(form)
         self._last_lr.append(None)
         self._params += params
-        self._tensors += filter(tensors.is_tensor, given)
+        first = len(self._labels)
+        self._tensors.update((first + i, x) for i, x in enumerate(given) if tensors.is_tensor(x))
         self._labels += labels
         self._group_of += [index] * len(params)
         self._state += [{} for _ in params]
@@ -328,7 +331,7 @@ class Optimizer:
             result = self._check_and_step(grads, ask)
             flat = self._flatten("grads", grads)[1]
         if self._tensors and (result is True or not result[0]):
-            tensors.wrote([self._tensors])
+            self._tell(grads)
         if result is True:
             return None
         entries = flat if isinstance(flat, (list, tuple)) else [flat]
@@ -368,6 +371,21 @@ class Optimizer:
         if result is True or not result[0]:
             tensors.wrote([given_ema, given_copies, *[self._flatten("grads", grads)[1]] * ask.zero_grads])
         return result
+
+    def _check_tensors(self) -> None:
+        """A tensor may have been given other memory; what is stepped here is the memory that it had."""
+        for i, x in self._tensors.items():
+            p = self._params[i]
+            if p.size and (x.data_ptr() != p.ctypes.data or tuple(x.shape) != p.shape):
+                raise ValueError(
+                    f"{self._labels[i]}: expected the memory that it had when the optimizer was made, got other; "
+                    "make the optimizer anew, or use fastgd.torch"
+                )
+
+    def _tell(self, grads: Any) -> None:
+        """Tell torch of the tensors that have been stepped."""
+        flat = self._flatten("grads", grads)[1]
+        tensors.wrote([[x for i, x in self._tensors.items() if flat[i] is not None]])
 
     def _listed(self, value: Any) -> Any:
         """A dict whose keys are the parameters', in their order, as the list that the engine takes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from itertools import compress
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -530,13 +531,20 @@ class Steps:
         ask: onepass.Ask = onepass.NOTHING,
     ) -> Any:
         """What the engine did not take as it came: raise what is wrong with it, or step it as plain lists."""
+        if tensors.learn_types([params, grads, *states, ask.ema, ask.copies]):
+            result = self._engine.step(rule, rows, row_of, params, grads, states, False, ask)
+            if result is not False:
+                return result
         checked = arrays.check(names, params, grads, states, ask.ema, ask.copies, ask.zero_grads)
         plain = ask._replace(ema=checked.ema, copies=checked.copies)
         result = self._engine.step(rule, rows, row_of, checked.params, checked.grads, checked.states, True, plain)
         if result is False:
             raise RuntimeError(f"{rule}: the engine refused arrays that were checked; please report this")
         if result is True or not result[0]:
-            tensors.wrote([params, *states, ask.ema, ask.copies, *[grads] * ask.zero_grads])
+            form = arrays.Form(params)
+            written = [params, *states, ask.ema, ask.copies, *[grads] * ask.zero_grads]
+            stepped = [g is not None for g in checked.grads]
+            tensors.wrote([*compress(form.flatten("", x), stepped)] for x in written if x is not None)
         return result
 
     def _one_pass(

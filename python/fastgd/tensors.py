@@ -34,6 +34,16 @@ def learn(kind: type) -> bool:
     return bool(learn_type(kind, "is_neg"))
 
 
+def learn_types(values: Iterable[Any]) -> bool:
+    """Learn the types of all tensors among arguments; whether one is new, so that the engine may be asked again."""
+    kinds = {type(x) for x in _tensors(values)} - _met
+    _met.update(kinds)
+    return any([learn(kind) for kind in kinds])
+
+
+_met: set[type] = set()
+
+
 def ndarray(label: str, value: Any, written: bool) -> Any:
     """``value`` as an ndarray over the same memory, None where it is nobody's array, or an error that says why not."""
     if is_tensor(value):
@@ -59,14 +69,18 @@ def ndarray(label: str, value: Any, written: bool) -> Any:
 
 def wrote(values: Iterable[Any]) -> None:
     """Tell torch of each tensor among arguments (arrays, or lists or dicts of them) that a step has written."""
-    if "torch" not in sys.modules:
-        return
-    tensors: list[Any] = []
-    for value in values:
-        entries = value.values() if isinstance(value, Mapping) else value
-        tensors += filter(is_tensor, entries if isinstance(value, (list, tuple, Mapping)) else [value])
+    tensors = _tensors(values)
     if tensors:
         _count_versions(tensors)
+
+
+def _tensors(values: Iterable[Any]) -> list[Any]:
+    tensors: list[Any] = []
+    if "torch" in sys.modules:
+        for value in values:
+            entries = value.values() if isinstance(value, Mapping) else value
+            tensors += filter(is_tensor, entries if isinstance(value, (list, tuple, Mapping)) else [value])
+    return tensors
 
 
 _NO_CUDA = "this build of fastgd has no CUDA; step a copy in the host's memory"
@@ -101,7 +115,8 @@ def _why_not(torch: Any, x: Any) -> tuple[str, str]:
         return f"a {kind}, which wraps other tensors or none", "pass the plain tensor that it stands for"
     if torch.nn.parameter.is_lazy(x):
         return f"an {kind}", "run the model once, so that its shape is known"
-    if torch._C._functorch.is_functorch_wrapped_tensor(x) or torch._is_functional_tensor(x):
+    functorch = torch._C._functorch
+    if functorch.peek_interpreter_stack() or functorch.is_functorch_wrapped_tensor(x) or torch._is_functional_tensor(x):
         return "a tensor inside a transform of torch.func", "step outside of it"
     if x.layout != torch.strided or x.is_nested:
         layout = "nested" if x.is_nested else str(x.layout).removeprefix("torch.").replace("_", " ").lower()

@@ -12,7 +12,7 @@ import torch
 from fastgd import coefficients, onepass, optimizers
 from fastgd.stats import StepStats, total
 from fastgd.torch import amp, sharded
-from fastgd.torch.plan import Plan, ViewedPlan, direct
+from fastgd.torch.plan import Plan, ViewedPlan, direct, place
 
 Pairs: TypeAlias = Iterable[tuple[torch.Tensor, torch.Tensor]] | Mapping[torch.Tensor, torch.Tensor]
 
@@ -100,15 +100,12 @@ class OnePassOptimizer(torch.optim.Optimizer):
                 for key in self._numpy._states:
                     state[key] = state[key].to(state_dtype)
 
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        of_torch = cls.__mro__[2]
-        if of_torch is not torch.optim.Optimizer:
-            every = inspect.signature(OnePassOptimizer).parameters.values()
-            own = [parameter for parameter in every if parameter.kind is parameter.KEYWORD_ONLY]
-            signature = inspect.signature(of_torch)
-            signature = signature.replace(parameters=[*signature.parameters.values(), *own])
-            cls.__signature__ = signature
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if len(cls.__bases__) == 2 and cls.__bases__[0] is OnePassOptimizer:  # with a class of torch's
+            signature, every = inspect.signature(cls.__bases__[1]), inspect.signature(OnePassOptimizer).parameters
+            own = [parameter for parameter in every.values() if parameter.kind is parameter.KEYWORD_ONLY]
+            cls.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *own])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as torch does; complex tensors and ``differentiable`` are refused."""
@@ -163,7 +160,7 @@ class OnePassOptimizer(torch.optim.Optimizer):
             self._ema, self.ema_updates, self._plan = None, updates, None
             return
         pairs = list(tensors.items() if isinstance(tensors, Mapping) else tensors)
-        seen: dict[int, int] = {}
+        seen: dict[Any, Any] = {}
         kept = []
         for i, pair in enumerate(pairs):
             label = f"tensors[{i}]"
@@ -179,10 +176,10 @@ class OnePassOptimizer(torch.optim.Optimizer):
                     f"{label}: expected an average of shape {tuple(tensor.shape)}, as its tensor has, "
                     f"got {tuple(average.shape)}"
                 )
-            source, target = (sharded.local(x).data_ptr() for x in pair)
-            if seen.get(source) == target and source:  # tied tensors, under two names
+            source, target = (place(sharded.local(x)) for x in pair)
+            if tensor.numel() and seen.get(source) == target:  # tied tensors, under two names
                 continue
-            if source in seen and source:
+            if tensor.numel() and source in seen:
                 raise ValueError(f"{label}: expected each tensor once, got one that has an average already")
             seen[source] = target
             kept.append((tensor, average))
@@ -219,7 +216,7 @@ class OnePassOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            self._step(scaler)
+            (self._step_uncompiled if torch.compiler.is_compiling() else self._step)(scaler)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -228,8 +225,9 @@ class OnePassOptimizer(torch.optim.Optimizer):
         Parameters
         ----------
         state_dict : dict
-            Of this class or of torch's or ``fastgd``'s class of the same name. States keep the dtype that they were
-            saved with, which torch's own method recasts to the parameter's, and are copied.
+            Of this class or of torch's or ``fastgd``'s class of the same name. States are copied, and keep
+            the dtype that they were saved with, unless the parameter's (or ``state_dtype``) is wider; torch's own
+            method recasts them all to the parameter's.
         """
         saved: dict[str, Any] = {}
 
@@ -244,8 +242,12 @@ class OnePassOptimizer(torch.optim.Optimizer):
             for i, p in zip(ids, params, strict=True):
                 for key, value in saved["state"].get(i, {}).items():
                     loaded = self.state[p].get(key)
-                    if isinstance(loaded, torch.Tensor) and (loaded is value or loaded.dtype != value.dtype):
-                        dtype = loaded.dtype if key == "step" else value.dtype
+                    if not isinstance(loaded, torch.Tensor) or not isinstance(value, torch.Tensor):
+                        continue
+                    dtype = loaded.dtype
+                    if key in self._numpy._states:
+                        dtype = torch.promote_types(value.dtype, self._state_dtype or p.dtype)
+                    if loaded is value or loaded.dtype != dtype:
                         self.state[p][key] = value.detach().to(loaded.device, dtype, copy=True)
 
         hooks = [
@@ -269,54 +271,59 @@ class OnePassOptimizer(torch.optim.Optimizer):
     def _step(self, scaler: Any) -> None:
         plan = self._plan
         if plan is None or not plan.holds(self):
-            plan = self._plan = Plan(self) if direct() else ViewedPlan(self)
-        ask = self._ask(plan, amp.scale_and_found(self, scaler))
-        grads = plan.gradients()
+            plan = self._plan = Plan(self) if direct() else None
+        plan = plan or ViewedPlan(self)  # for one step only
         try:
+            ask = self._ask(plan, amp.scale_and_found(self, scaler))
+            grads = plan.gradients()
             result = plan.step(grads, ask)
             if result is False:
-                plan = ViewedPlan(self)
+                self._plan, plan = None, ViewedPlan(self)
                 result = plan.step(grads, ask)
         except BaseException:
             plan.forget_new_states()
             self._plan = None
+            for name in ("grad_scale", "found_inf"):  # a GradScaler's, which does not clear them then
+                self.__dict__.pop(name, None)
             raise
         skipped = result is not True and result[0]
-        self.last_stats = self._stats(plan, grads, result, ask) if ask is not None and result is not True else None
         plan.settle(grads, ask is not None and ask.zero_grads, skipped)
-        if type(plan) is ViewedPlan:  # for one step only
-            self._plan = None
         if ask is not None and ask.tracked is not None and not skipped:
             self.ema_updates += 1
         if scaler is not None and scaler.is_enabled():
             amp.tell(self, scaler, skipped)
+        self.last_stats = self._stats(plan, grads, result, ask) if ask is not None and result is not True else None
+
+    _step_uncompiled = torch._disable_dynamo(_step)  # torch.compile breaks its graph here
 
     def _rule_of_groups(self) -> type[optimizers.Optimizer]:
         """The class of ``fastgd`` that has the rule of all groups."""
-        return self._numpy
+        if self._numpy not in (optimizers.Adam, optimizers.AdamW):
+            return self._numpy
+        # torch's Adam and AdamW are told apart by this, where it is not too old.
+        decoupled = {
+            group.get("decoupled_weight_decay", self._numpy is optimizers.AdamW) for group in self.param_groups
+        }
+        if len(decoupled) > 1:
+            raise ValueError(
+                "decoupled_weight_decay: expected the same in all groups, got True and False; "
+                "use two optimizers, Adam and AdamW"
+            )
+        return optimizers.AdamW if True in decoupled else optimizers.Adam
 
     def _ask(self, plan: Plan, scaling: tuple[float, bool] | None) -> onepass.Ask | None:
         """What is asked for beside the step; None for nothing."""
-        own = self.one_pass
-        if scaling is None and self._ema is None and not any(own.values()):
+        if scaling is None and self._ema is None and self.one_pass == _NOTHING:
             return None
         scale, found = scaling or (1.0, False)
-        ask = onepass.read(
-            f"{type(self).__name__}.step",
-            {
-                "grad_scale": scale,
-                "max_norm": own["max_norm"],
-                "skip_nonfinite": own["skip_nonfinite"] or scaling is not None,
-                "zero_grads": own["zero_grads"],
-                "stats": own["stats"],
-            },
-        )
-        if own["copies"] is not None:
-            if len(own["copies"]) != len(plan.params):
-                raise ValueError(
-                    f"copies: expected {len(plan.params)} tensors, one a parameter, got {len(own['copies'])}"
-                )
-            ask = ask._replace(copies=[sharded.local(copy) for copy in own["copies"]])
+        own: Any = {**self.one_pass, "grad_scale": scale}
+        copies, _ = own.pop("copies"), own.pop("norm_group")
+        own["skip_nonfinite"] = own["skip_nonfinite"] or scaling is not None
+        ask = onepass.read(f"{type(self).__name__}.step", own)
+        if copies is not None:
+            if len(copies) != len(plan.params):
+                raise ValueError(f"copies: expected {len(plan.params)} tensors, one a parameter, got {len(copies)}")
+            ask = ask._replace(copies=[sharded.local(copy) for copy in copies])
         if self._ema is not None:
             decay = self._ema[1]
             weight = _weight(decay(self.ema_updates + 1) if callable(decay) else decay)
@@ -350,15 +357,6 @@ class Adam(OnePassOptimizer, torch.optim.Adam):
     """torch.optim.Adam in one pass; see `OnePassOptimizer` for what it takes beside torch's arguments."""
 
     _numpy = optimizers.Adam
-
-    def _rule_of_groups(self) -> type[optimizers.Optimizer]:
-        decoupled = {bool(group.get("decoupled_weight_decay")) for group in self.param_groups}
-        if len(decoupled) > 1:
-            raise ValueError(
-                "decoupled_weight_decay: expected the same in all groups, got True and False; "
-                "use two optimizers, Adam and AdamW"
-            )
-        return optimizers.AdamW if True in decoupled else optimizers.Adam
 
 
 class AdamW(OnePassOptimizer, torch.optim.AdamW):
@@ -429,6 +427,14 @@ class Lion(OnePassOptimizer):
         super().__init__(params, defaults, **one_pass)
 
 
+_NOTHING = {
+    "max_norm": None,
+    "skip_nonfinite": False,
+    "zero_grads": False,
+    "stats": False,
+    "copies": None,
+    "norm_group": None,
+}
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -442,5 +448,11 @@ def _as_tensors(entry: Any) -> Any:
     if not isinstance(entry, Mapping):
         return entry
     count = entry.get("step")
-    tensors = {key: torch.as_tensor(x) if isinstance(x, np.ndarray) else x for key, x in entry.items()}
+    tensors = {key: _as_tensor(x) if isinstance(x, np.ndarray) else x for key, x in entry.items()}
     return {**tensors, "step": torch.tensor(float(count))} if isinstance(count, np.ndarray) else tensors
+
+
+def _as_tensor(a: np.ndarray[Any, Any]) -> torch.Tensor:
+    if a.dtype.name == "bfloat16":  # which torch does not know from NumPy
+        return torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
+    return torch.as_tensor(a)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from operator import is_
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastgd import arrays, engine, onepass, optimizers, tensors
@@ -35,15 +37,17 @@ class Plan:
         self.names: Sequence[Any] = names if len(names) == len(self.params) else range(len(self.params))
         self._sharded = [p for p in self.params if sharded.is_sharded(p)]  # and their states
         self._shards = [sharded.local(p) for p in self._sharded]
-        self.whole = sharded.Whole(self.params, sharded.group_of(optimizer.one_pass["norm_group"]))
+        self._norm_group = optimizer.one_pass["norm_group"]
+        self.whole = sharded.Whole(self.params, sharded.group_of(self._norm_group))
         self.local = [sharded.local(p) for p in self.params]
+        self._with_momentum = self._momentum()
         self._made: list[tuple[Any, list[str]]] = []  # states that this step has made: parameter and keys
         self.ema, self.tracked = self._place_averages(optimizer._ema[0] if optimizer._ema else [])
         self._prepare()
 
     def _prepare(self) -> None:
         self._snapshot: Any = None
-        self._owners: list[Any] = []
+        self._owners: dict[int, Any] = {}
         for kind in {type(p) for p in self.local}:
             tensors.learn(kind)
         self._prepared = engine.active.Prepared(self.rule._rule, True)
@@ -52,18 +56,31 @@ class Plan:
     def _add(self, params: Sequence[Any]) -> None:
         """Give the engine the parameters, and the step counts that the state has."""
         for i, p in zip(self._group_of, params, strict=True):
-            self._prepared.add(i, [p])
+            self._add_one(i, p)
         self._prepared.load([self._steps_of(p) for p in self.params])
+
+    def _add_one(self, group: int, p: Any) -> None:
+        try:
+            self._prepared.add(group, [p])
+        except TypeError:  # what cannot be read is nothing to mind as long as it has no gradient
+            self._prepared.add(group, [np.empty(0)])
 
     def holds(self, optimizer: Any) -> bool:
         """Whether the optimizer still has all that this was made from."""
         if optimizer.state is not self.state or optimizer.param_groups is not self.groups:
             return False
+        if optimizer.one_pass["norm_group"] is not self._norm_group or optimizer._rule_of_groups() is not self.rule:
+            return False
         return (
             self._snapshot is not None
             and self._snapshot.same(self.state, self.groups)
             and all(map(is_, map(sharded.local, self._sharded), self._shards))
+            and self._with_momentum == self._momentum()
         )
+
+    def _momentum(self) -> list[bool]:
+        """Of the groups of a class that keeps no count: where momentum is new, the next step is the first."""
+        return [] if self._counts else [bool(group.get("momentum")) for group in self.groups]
 
     def gradients(self) -> list[Any]:
         """The gradients, or this process's parts of them."""
@@ -109,22 +126,34 @@ class Plan:
 
     def _row(self, index: int, step: int) -> Any:
         group = self.groups[index]
-        lr = group["lr"]
-        # A schedule that ends at zero may end a rounding error below it, which torch does not mind.
-        return self.rule._row_of(group, step, 0.0 if -1e-9 < lr < 0 else lr)
+        lr = _number(group["lr"])
+        if type(lr) is float and -1e-9 < lr < 0:  # where a schedule that ends at zero may end, and torch does not mind
+            lr = 0.0
+        if "betas" in group:
+            group = {**group, "betas": tuple(map(_number, group["betas"]))}
+        if group.get("nesterov") and not group["momentum"]:  # of which torch then makes a plain step
+            group = {**group, "nesterov": False}
+        return self.rule._row_of(group, step, lr)
 
     def _initialise(self, index: int, variant: int) -> tuple[Any, ...]:
         """The states of a parameter, new ones where it has none, and its count: called by the engine."""
+        keys = self.rule._keys(variant)
+        if not keys and not self._counts:
+            return ()
         p = self.params[index]
         state = self.state[p]
         before = set(state)
         self._snapshot = None
         if self._counts and not _is_count(state.get("step")):
             dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32  # as torch
-            state["step"] = torch.tensor(float(state.get("step", 0)), dtype=dtype)
-        keys = self.rule._keys(variant)
+            state["step"] = torch.tensor(float(state.get("step", 0)), dtype=dtype, device="cpu")
         for key in keys:
             if state.get(key) is None:
+                if self._counts and state["step"] and self.rule._states[key] is None:
+                    raise ValueError(
+                        f"state: expected {key!r} beside a step of {state['step']:g} for parameter {index}, got none; "
+                        "load a whole state, or clear what is there"
+                    )
                 fill = self.rule._fill(self.groups[self._group_of[index]])
                 state[key] = torch.full_like(p, fill, dtype=self._state_dtype, requires_grad=False)
         self._made.append((p, [key for key in state if key not in before]))
@@ -136,7 +165,8 @@ class Plan:
         if self._counts:
             states.append(state["step"])
         # An owner in C++: where Python is the only one, torch takes twice as long to show a tensor.
-        self._owners += [x.__dlpack__() for x in states]
+        with suppress(BufferError, AttributeError):  # a state that the engine will not read either
+            self._owners[index] = [x.__dlpack__() for x in states]
         return tuple(states)
 
     def _steps_of(self, p: Any) -> int:
@@ -152,11 +182,11 @@ class Plan:
         if not pairs:
             return None, None
         ema: list[Any] = [None] * len(self.params)
-        index_of = {_place(p): i for i, p in enumerate(self.local) if p.numel()}
+        index_of = {place(p): i for i, p in enumerate(self.local) if p.numel()}
         others: list[Any] = []
         for tensor, average in pairs:
             source, target = sharded.local(tensor), sharded.local(average)
-            i = index_of.get(_place(source))
+            i = index_of.get(place(source))
             if i is not None and source.numel():
                 ema[i] = target
             elif source.numel():
@@ -174,10 +204,19 @@ class ViewedPlan(Plan):
             for g, group in enumerate(self.groups)
             for i in range(len(group["params"]))
         ]
-        self._views = arrays.check_params(self._labels, self.local)
-        self._owners = []
+        self._views = [self._view(*entry) for entry in zip(self._labels, self.params, self.local, strict=True)]
+        self._owners = {}
         self._prepared = engine.active.Prepared(self.rule._rule)
         self._add(self._views)
+
+    @staticmethod
+    def _view(label: str, p: Any, local: Any) -> Any:
+        try:
+            return arrays.check_params([label], [local])[0]
+        except (TypeError, ValueError):
+            if p.grad is not None:
+                raise
+            return np.empty(0)
 
     def step(self, grads: list[Any], ask: onepass.Ask | None) -> Any:
         ask = ask or onepass.NOTHING
@@ -190,7 +229,7 @@ class ViewedPlan(Plan):
             (label, g) for label, g in zip(labels, views, strict=True) if g is not None
         )
         for label, p, view in zip(self._labels, self.params, self._views, strict=True):
-            for key, value in self.state.get(p, {}).items():
+            for key, value in self.state.get(p, {}).items() if p.grad is not None else ():
                 if key in self.rule._states and value is not None:
                     label_of = f"the state {key!r} of {label}"
                     written.append((label_of, arrays.check_state(label_of, view, sharded.local(value))))
@@ -246,6 +285,11 @@ def _is_count(value: Any) -> bool:
     )
 
 
-def _place(x: Any) -> tuple[Any, ...]:
+def _number(x: Any) -> Any:
+    """A hyperparameter, which may be a tensor of one element."""
+    return x.item() if isinstance(x, torch.Tensor) else x
+
+
+def place(x: Any) -> tuple[Any, ...]:
     """Where a tensor lies: two that lie alike are one, as a parameter and its entry in a state dict are."""
     return x.data_ptr(), x.dtype, tuple(x.shape), x.stride()

@@ -32,11 +32,11 @@ def aligned(grad: Any, param: Any) -> Any:
 
 def group_of(group: Any) -> Any:
     """A process group, or the one that a name stands for."""
-    if not isinstance(group, str):
-        return group
-    if group != "world":
-        raise ValueError(f"norm_group: expected a process group or 'world', got {group!r}")
-    return dist.group.WORLD
+    if group == "world":
+        return dist.group.WORLD
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"norm_group: expected a process group or 'world', got {group!r}")
+    return group
 
 
 class Whole:

@@ -55,9 +55,26 @@ def small(args: argparse.Namespace, report: Report) -> None:
     section.finish()
 
 
+def ultralytics(args: argparse.Namespace, report: Report) -> None:
+    """Ultralytics' ``optimizer_step`` and what takes its place, by turns in a training run."""
+    if find_spec("ultralytics") is None:
+        report.note("Ultralytics: not installed")
+        return
+    from fastgd.cli.bench.yolo import optimizer_steps
+
+    section = report.begin("ultralytics", "Ultralytics, optimizer_step of YOLO26n in a training run", timed_peers=True)
+    shapes = workloads()["yolo26n"]
+    for optimizer in ["AdamW"] if args.quick else ["AdamW", "SGD"]:
+        times = optimizer_steps(optimizer, steps=args.rounds or (8 if args.quick else 64))
+        section.add(Result(optimizer, sum(map(prod, shapes)), len(shapes), 0, times))
+    section.finish()
+    report.note("Ultralytics: unscale, clip, step, zero, and the average of parameters and buffers, on its own tensors")
+
+
 SECTIONS: dict[str, Callable[[argparse.Namespace, Report], None]] = {
     "lists": lists,
     "small": small,
+    "ultralytics": ultralytics,
 }
 
 
