@@ -257,7 +257,8 @@ void run_parts(Call& call, bool reading) {
 std::vector<double> by_job(const Call& call, const std::vector<double>& blocks) {
     std::vector<double> sums(call.jobs.size(), 0.0);
     for (size_t i = 0; i < sums.size(); ++i)
-        for (int64_t b = call.first_block[i]; b < call.first_block[i + 1]; ++b) sums[i] += blocks[b];
+        for (int64_t b = call.first_block[i], end = call.first_block[i + 1]; b < end; b += group)
+            sums[i] += add(&blocks[b], std::min(group, end - b));
     return sums;
 }
 

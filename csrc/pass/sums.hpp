@@ -1,16 +1,21 @@
 // Sums have a shape: a fixed tree that depends on an array's length alone, so that a norm has the same bits whoever
 // computes which part of it. An array is cut into blocks; in a block each lane adds its elements in order, in float64;
-// the lanes are combined as a binary tree, the blocks in order.
+// the lanes are combined as a binary tree, the blocks in order by groups, the groups in order.
 #pragma once
 #include <stdint.h>
+
+#include "../rules/vocabulary.hpp"
 
 namespace fastgd {
 
 constexpr int64_t block = 1024;  // elements
 constexpr int lanes = 16;        // lane j of a block has its elements j, j + 16, j + 32, ...
+constexpr int64_t group = 256;   // blocks: short enough chains for a processor that adds many at once
+
+namespace FASTGD_UNIT {
 
 // The sum of a block; the lanes are zero again afterwards.
-inline double take(double (&lane)[lanes]) {
+FASTGD_FN double take(double (&lane)[lanes]) {
     for (int half = lanes / 2; half > 0; half /= 2)
         for (int j = 0; j < half; ++j) lane[j] += lane[j + half];
     const double sum = lane[0];
@@ -18,4 +23,11 @@ inline double take(double (&lane)[lanes]) {
     return sum;
 }
 
+FASTGD_FN double add(const double* x, int64_t n) {
+    double sum = 0;
+    for (int64_t i = 0; i < n; ++i) sum += x[i];
+    return sum;
+}
+
+}  // namespace FASTGD_UNIT
 }  // namespace fastgd
