@@ -10,9 +10,11 @@
 #if defined(__CUDACC__)
 #define FASTGD_SLOW static __host__ __device__ __noinline__
 #define FASTGD_UNROLL _Pragma("unroll")
+#define FASTGD_UNROLL_8 _Pragma("unroll 8")
 #else
 #define FASTGD_SLOW static
 #define FASTGD_UNROLL
+#define FASTGD_UNROLL_8
 #endif
 
 namespace fastgd {
@@ -313,6 +315,7 @@ template <class T, class Each> FASTGD_FN void add_block(const Launch& l, uint32_
         const int kind = thread / apart, j = thread % apart;
         if (kind >= sums || j >= lanes || !l.sum[kind]) return;
         double sum = 0;
+        FASTGD_UNROLL_8
         for (int i = j; i < block; i += lanes) {  // what is missing in a last block is zero, and adds nothing
             const double x = shared.squares[kind][i];
             sum += x * x;
@@ -407,6 +410,26 @@ template <class Rule, class T, class Each> FASTGD_FN void step_body(const Launch
         l.verdict->done = 0;
         if (l.last) conclude(l);
     });
+}
+
+// Averages of tensors that are not stepped: operands 0 and 1.
+template <class T, class Each> FASTGD_FN void average_body(const Launch& l, const Place& place, Each each) {
+    if (l.skip && l.verdict->skipped) return;
+    const uint32_t end = place.cut(l.blocks, place.index + 1);
+    const T weight = T(l.ema_weight);
+    for (uint32_t at = place.cut(l.blocks, place.index); at < end; ++at) {
+        const PackedJob& j = job_at(l, job_of(l, at, [&](uint32_t k) { return job_at(l, k).first; }));
+        each.alone([&](int thread) {
+            const int64_t e = int64_t(at - j.first) * block + thread * quad, left = j.n - e;
+            const int count = left >= quad ? quad : left > 0 ? int(left) : 0;
+            T x[quad], average[quad];
+            load_quad(l, j, 0, e, count, x);
+            load_quad(l, j, 1, e, count, average);
+            FASTGD_UNROLL
+            for (int i = 0; i < quad; ++i) average[i] = average[i] + weight * (x[i] - average[i]);
+            store_quad(l, j, 1, e, count, average);
+        });
+    }
 }
 
 // A thread's lane of a block of a gradient.

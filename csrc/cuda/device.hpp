@@ -23,9 +23,10 @@ struct Stream {
     void* handle;
 };
 
-// The kernel of a rule's variant; without a rule the read of the gradients.
+// The kernel of a rule's variant; or, in the place of a rule, the read of the gradients, or averages without a step.
+constexpr int read_gradients = -1, averages = -2;
 struct Kernel {
-    int rule = -1, variant = 0;
+    int rule = read_gradients, variant = 0;
     Compute compute = Compute::float32;
 
     bool operator==(const Kernel&) const = default;
@@ -79,8 +80,12 @@ uint32_t enough(const Kernel& kernel);
 
 void launch(const Kernel& kernel, const Launch& launch, uint32_t blocks, Stream stream);
 
-// Which architectures were compiled, and the devices there are: their names with their architectures.
+// Which architectures were compiled, and the devices there are, or why there are none.
 std::vector<std::string> architectures();
-std::vector<std::string> devices();
+struct Devices {
+    std::vector<std::string> names;
+    std::string why_none;
+};
+Devices devices();
 
 }  // namespace fastgd::device
