@@ -9,6 +9,7 @@
 
 #include "../cpu/pool.hpp"
 #include "arrays.hpp"
+#include "backend.hpp"
 #include "collected.hpp"
 #include "registry.hpp"
 #include "step.hpp"
@@ -24,6 +25,7 @@ class Prepared {
 
     void add(int group, py::handle params) {
         Exclusive alone(*this);
+        settle();
         const Items items(params);
         View view;
         for (Py_ssize_t i = 0; i < items.size(); ++i)
@@ -83,16 +85,29 @@ class Prepared {
         if (!checked && meet(spans, ask.zero_grads)) return refused;
 
         std::map<std::pair<int, int64_t>, Row> rows;  // nodes stay where they are: jobs point to them
-        auto last = rows.end();
         std::vector<const Row*> row_of;
-        row_of.reserve(stepping.size());
-        for (const Stepping& s : stepping) {
-            if (entries[s.index].steps == std::numeric_limits<int64_t>::max())
-                throw py::value_error("step: expected a count below 2**63 - 1, which a parameter has reached");
-            const std::pair<int, int64_t> key{entries[s.index].group, entries[s.index].steps + 1};
-            if (last == rows.end() || last->first != key) last = rows.find(key);
-            if (last == rows.end()) last = rows.emplace(key, read_row(id, coefficients(key.first, key.second))).first;
-            row_of.push_back(&last->second);
+        auto find_rows = [&](bool counted) {
+            auto last = rows.end();
+            row_of.reserve(stepping.size());
+            for (const Stepping& s : stepping) {
+                if (entries[s.index].steps == std::numeric_limits<int64_t>::max())
+                    throw py::value_error("step: expected a count below 2**63 - 1, which a parameter has reached");
+                const std::pair<int, int64_t> key{entries[s.index].group, counted ? 0 : entries[s.index].steps + 1};
+                if (last == rows.end() || last->first != key) last = rows.find(key);
+                if (last == rows.end()) {
+                    const py::object row = coefficients(key.first, key.second);
+                    if (row.is_none()) return false;
+                    last = rows.emplace(key, read_row(id, row, counted)).first;
+                }
+                row_of.push_back(&last->second);
+            }
+            return true;
+        };
+        if (!tally || !find_rows(true)) {  // a rate that is a function of the step needs to know the step
+            settle();
+            rows.clear();
+            row_of.clear();
+            find_rows(false);
         }
         bool renewing = false;
         for (size_t k = 0; k < stepping.size(); ++k)
@@ -128,6 +143,8 @@ class Prepared {
                 if (!fits_param(state, views[0], views[operands++])) return refused;
             const int states_end = operands;
             if (!extras.read(s.index, views[0], views, operands, checked)) return refused;
+            for (int k = 0; k < operands; ++k)
+                if (views[k].device != stepping[0].param.device) return refused;
             if (entry.count && !counts.emplace_back().read(entry.count, entry.steps)) return refused;
             Job& job = jobs.emplace_back();
             job.ema = extras.has_ema(s.index);
@@ -142,10 +159,20 @@ class Prepared {
             describe(jobs.emplace_back(), id, nullptr, pair.data(), 2, ask, storage);
             touched.add(pair[1]);
         }
+        Call call{jobs, index, g.size(), nullptr, extras.arrays(), nullptr};
+        if (!stepping.empty()) {
+            call.first = &stepping[0].param;
+            std::lock_guard<std::mutex> hold(counting);
+            if (!tally && defers(extras)) tally = tally_for(extras, known_steps(), *call.first);
+        } else if (!averages.empty()) {
+            call.first = &averages[0][0];
+        }
+        call.tally = tally.get();
+        call.arrays.push_back(g.arrays());
         bool skipped;
-        py::object result = run_jobs(jobs, extras, index, g.size(), skipped);
+        py::object result = run_jobs(call, extras, skipped);
         if (!skipped) {
-            {
+            if (!tally) {
                 std::lock_guard<std::mutex> hold(counting);
                 for (Py_ssize_t i : index) ++entries[i].steps;
             }
@@ -157,9 +184,7 @@ class Prepared {
 
     std::vector<int64_t> steps() const {
         std::lock_guard<std::mutex> hold(counting);
-        std::vector<int64_t> all;
-        for (const Entry& entry : entries) all.push_back(entry.steps);
-        return all;
+        return tally ? tally->read() : known_steps();
     }
 
     // Takes new step counts and forgets all states: Python is asked for them again.
@@ -167,6 +192,7 @@ class Prepared {
         Exclusive alone(*this);
         if (steps.size() != entries.size()) throw py::value_error("steps: expected one a parameter");
         std::lock_guard<std::mutex> hold(counting);
+        tally.reset();
         for (size_t i = 0; i < entries.size(); ++i) {
             entries[i].steps = steps[i];
             entries[i].states.clear();
@@ -237,6 +263,21 @@ class Prepared {
         ~Exclusive() { busy = 0; }
         std::atomic<uint64_t>& busy;
     };
+
+    std::vector<int64_t> known_steps() const {
+        std::vector<int64_t> all;
+        for (const Entry& entry : entries) all.push_back(entry.steps);
+        return all;
+    }
+
+    // Fetches the counts, where a device has them.
+    void settle() {
+        std::lock_guard<std::mutex> hold(counting);
+        if (!tally) return;
+        const std::vector<int64_t> steps = tally->read();
+        for (size_t i = 0; i < entries.size(); ++i) entries[i].steps = steps[i];
+        tally.reset();
+    }
 
     // Whether a parameter can be stepped with this gradient, which is written too if `zeroed`.
     static bool fits(const View& param, const View& grad, bool checked, bool zeroed) {
@@ -310,6 +351,7 @@ class Prepared {
     const RuleId id;
     const bool steady;  // coefficients and initialise change no array that was there before
     std::vector<Entry> entries;
+    std::unique_ptr<Tally> tally;  // the steps of each entry, once they are not known here
     std::vector<Span> written;
     // Of one step; kept, for hundreds of jobs are more than malloc keeps.
     std::vector<Stepping> stepping;

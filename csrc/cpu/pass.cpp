@@ -290,10 +290,7 @@ Outcome run(const std::vector<Job>& jobs, const OnePass& ask, const Reduce& redu
         double total = 0;
         for (double sum : outcome.grads) total += sum;
         if (reduce) std::tie(total, call.nonfinite) = reduce(outcome.grads, call.nonfinite);
-        if (ask.clip) {
-            const double factor = ask.max_norm / (std::sqrt(total) + 1e-6);
-            call.clip_factor = factor > 1 ? 1 : factor;  // NaN stays
-        }
+        if (ask.clip) call.clip_factor = clip_factor(ask.max_norm, total);
         outcome.skipped = ask.skip_nonfinite && call.nonfinite > 0;
     }
     if (!outcome.skipped) {

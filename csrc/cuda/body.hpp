@@ -508,10 +508,7 @@ template <class Each> FASTGD_FN void read_body(const Launch& l, const Place& pla
         Verdict& v = *l.verdict;
         v.done = 0;
         if (!l.last) return;
-        if (l.clip) {
-            const double factor = l.max_norm / (sqrt(add(l.totals, l.call_jobs)) + 1e-6);
-            v.clip_factor = factor > 1 ? 1 : factor;  // NaN stays
-        }
+        if (l.clip) v.clip_factor = clip_factor(l.max_norm, add(l.totals, l.call_jobs));
         v.skipped = l.skip && v.nonfinite > 0;
     });
 }

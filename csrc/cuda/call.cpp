@@ -49,8 +49,6 @@ class Packer {
   public:
     Packer(const OnePass& ask, int states, bool reading)
         : operands(reading ? 1 : 2 + states + (ask.ema || ask.copies ? 2 : 0)),
-          ema(ask.ema),
-          copies(ask.copies),
           stride(uint32_t((offsetof(PackedJob, data) + operands * sizeof(char*)) / 8)) {
         memset(&launch, 0, offsetof(Launch, arena));
         launch.states = uint8_t(states);
@@ -75,7 +73,7 @@ class Packer {
         for (const Operand* x : at_slot)
             if (x && x->ndim) scattered = x;
         const int64_t blocks = blocks_in(job.n), ndim = scattered ? scattered->ndim : 0;
-        const bool new_row = !reading && rows.find(job.row) == rows.end();
+        const bool new_row = !reading && job.row && rows.find(job.row) == rows.end();
         const size_t needed = stride + (scattered ? 1 + ndim * (1 + operands) : 0) + new_row * row_words;
         if (needed > back - launch.jobs * stride || launch.blocks + blocks > std::numeric_limits<int32_t>::max()) {
             if (launch.jobs == 0) throw std::length_error("an array has more elements than one launch can take");
@@ -86,7 +84,7 @@ class Packer {
         packed.first = launch.blocks;
         packed.index = index;
         packed.counter = counter;
-        packed.row = reading ? 0 : row_of(*job.row);
+        packed.row = reading ? 0 : row_of(job.row);
         packed.layout = 0;
         if (scattered) {
             back -= 1 + ndim * (1 + operands);
@@ -119,27 +117,27 @@ class Packer {
     void place(const Job& job, const Operand** at_slot) const {
         const int end = 2 + launch.states;
         for (int k = 0; k < end; ++k) at_slot[k] = &job.operand[k];
-        int k = end;
-        if (ema) at_slot[end] = &job.operand[k++];
-        if (copies) at_slot[end + 1] = &job.operand[k++];
+        if (!job.row) return;
+        if (job.ema) at_slot[end] = &job.operand[end];
+        if (job.copy) at_slot[end + 1] = &job.operand[end + job.ema];
     }
 
-    uint16_t row_of(const Row& row) {
-        auto [at, is_new] = rows.emplace(&row, uint16_t(back - row_words));
+    uint16_t row_of(const Row* row) {
+        if (!row) return 0;
+        auto [at, is_new] = rows.emplace(row, uint16_t(back - row_words));
         if (is_new) {
             back -= row_words;
             PackedRow& packed = *reinterpret_cast<PackedRow*>(launch.arena + back);
-            packed.sign = row.sign;
-            std::copy(row.coefficients, row.coefficients + max_coefficients, packed.numbers);
-            packed.lr = row.lr;
-            packed.lr_dtype = int32_t(row.lr_dtype);
-            packed.counted = row.counted;
+            packed.sign = row->sign;
+            std::copy(row->coefficients, row->coefficients + max_coefficients, packed.numbers);
+            packed.lr = row->lr;
+            packed.lr_dtype = int32_t(row->lr_dtype);
+            packed.counted = row->counted;
         }
         return at->second;
     }
 
     const int operands;
-    const bool ema, copies;
     const uint32_t stride;
     size_t back;
     std::map<const Row*, uint16_t> rows;
@@ -148,13 +146,14 @@ class Packer {
 // What a call does, in its stream.
 class Submission {
   public:
-    Submission(const std::vector<Job>& jobs, const OnePass& ask, device::Stream stream, Counters* counters,
-               const std::vector<uint32_t>& counter)
-        : jobs(jobs), ask(ask), stream(stream), counters(counters), counter(counter) {
+    Submission(const std::vector<Job>& jobs, const OnePass& ask, const Into& into) : jobs(jobs), ask(ask), into(into) {
         for (const Job& job : jobs) {
             blocks += blocks_in(job.n);
-            const device::Kernel kernel{job.rule, job.row->variant, job.compute};
-            if (std::find(kernels.begin(), kernels.end(), kernel) == kernels.end()) kernels.push_back(kernel);
+            stepping += job.row != nullptr;
+            const device::Kernel kernel = kernel_of(job);
+            if (std::find(kernels.begin(), kernels.end(), kernel) != kernels.end()) continue;
+            // Averages first: what ends the call ends the verdict, too.
+            kernels.insert(job.row ? kernels.end() : kernels.begin(), kernel);
         }
         for (const device::Kernel& kernel : kernels) device::enough(kernel);  // throws before anything has changed
         if (ask.reads_first()) device::enough({});
@@ -162,71 +161,96 @@ class Submission {
 
     // How many numbers the sums need.
     size_t room() const { return sums * (2 * size_t(blocks / group + 1) + size_t(blocks) + 2 * jobs.size()); }
+    size_t steps() const { return stepping; }
 
-    void run(const Workspace& space, ResultHead* result) {
+    void run(const Workspace& space, ResultHead* head) {
         numbers = space.sums;
         verdict = space.verdict;
-        this->result = result;
-        if (ask.reads_first()) run({}, true);
+        result = head;
+        if (ask.reads_first() && stepping) {
+            run({}, true);
+            if (into.reduce) decide();
+        }
         for (const device::Kernel& kernel : kernels) run(kernel, kernel == kernels.back());
     }
 
   private:
+    static device::Kernel kernel_of(const Job& job) {
+        if (!job.row) return {device::averages, 0, job.compute};
+        return {job.rule, job.row->variant, job.compute};
+    }
+
+    double* groups() const { return numbers + sums * size_t(blocks); }
+    double* totals() const {
+        if (result && ask.stats) return reinterpret_cast<double*>(result + 1);
+        return groups() + sums * (size_t(blocks / group + 1) + jobs.size());
+    }
+
     void run(const device::Kernel& kernel, bool last) {
-        const bool reading = kernel.rule < 0;
+        const bool reading = kernel.rule == device::read_gradients, averaging = kernel.rule == device::averages;
         int states = 0;
         for (const Job& job : jobs)
-            if (!reading && is_of(job, kernel)) states = job.operands - 2 - ask.ema - ask.copies;
+            if (!reading && !averaging && kernel_of(job) == kernel) states = job.operands - 2 - job.ema - job.copy;
         Packer packer(ask, states, reading);
         Launch& l = packer.launch;
         l.verdict = verdict;
         l.result = result;
-        l.counters = counters ? counters->on_device : nullptr;
+        l.counters = into.counters ? into.counters->on_device : nullptr;
+        l.partials = numbers;
+        l.groups = groups();
+        l.totals = totals();
         l.grad_scale = ask.grad_scale;
         l.max_norm = ask.max_norm;
         l.ema_weight = ask.ema_weight;
-        l.call_jobs = uint32_t(jobs.size());
+        l.call_jobs = uint32_t(stepping);
         l.rule = uint8_t(kernel.rule);
         l.clip = ask.clip;
         l.skip = ask.skip_nonfinite;
-        l.count = reading ? ask.stats || ask.skip_nonfinite : ask.stats && !ask.reads_first();
-        l.sum[of_grads] = reading ? ask.stats || ask.clip : ask.stats && !ask.reads_first();
-        l.sum[of_updates] = l.sum[of_params] = !reading && ask.stats;
+        l.count = reading ? ask.stats || ask.skip_nonfinite || into.reduce : ask.stats && !ask.reads_first();
+        l.sum[of_grads] = reading ? ask.stats || ask.clip || into.reduce : ask.stats && !ask.reads_first();
+        l.sum[of_updates] = l.sum[of_params] = !reading && !averaging && ask.stats;
         l.zero_grads = ask.zero_grads;
-        l.finish = reading || result || counters;
+        l.finish = reading || (!averaging && (result || into.counters || ask.skip_nonfinite));
 
         auto flush = [&](bool ends) {
             l.last = ends;
-            l.partials = numbers;
-            l.groups = l.partials + sums * size_t(blocks);
-            l.totals = result && ask.stats ? reinterpret_cast<double*>(result + 1)
-                                           : l.groups + sums * (size_t(blocks / group + 1) + jobs.size());
             const uint32_t wanted = reading ? (l.blocks + threads / lanes - 1) / (threads / lanes) : l.blocks;
-            if (wanted || l.finish) device::launch(kernel, l, std::clamp(wanted, 1u, device::enough(kernel)), stream);
+            if (wanted || l.finish)
+                device::launch(kernel, l, std::clamp(wanted, 1u, device::enough(kernel)), into.stream);
             packer.clear();
         };
         for (size_t i = 0; i < jobs.size(); ++i) {
             const Job& job = jobs[i];
-            if (!(reading || is_of(job, kernel)) || (job.n == 0 && !l.finish)) continue;
-            const uint32_t place = counters ? counter[i] : 0;
-            if (packer.add(job, reading, uint32_t(i), place)) continue;
+            if (reading ? !job.row : !(kernel_of(job) == kernel)) continue;
+            if (job.n == 0 && !l.finish) continue;
+            const uint32_t counter = into.counters && job.row ? into.counter[i] : 0;
+            if (packer.add(job, reading, uint32_t(i), counter)) continue;
             flush(false);
-            packer.add(job, reading, uint32_t(i), place);
+            packer.add(job, reading, uint32_t(i), counter);
         }
         flush(last);
     }
 
-    static bool is_of(const Job& job, const device::Kernel& kernel) {
-        return device::Kernel{job.rule, job.row->variant, job.compute} == kernel;
+    // Where the call has a part of the model only: the host puts the parts together.
+    void decide() {
+        const device::Event read(into.stream);
+        std::vector<double> grads(stepping);
+        Verdict told;
+        read.download(grads.data(), totals(), stepping * sizeof(double));
+        read.download(&told, verdict, sizeof told);
+        const auto [total, nonfinite] = into.reduce(grads, int64_t(told.nonfinite));
+        told.nonfinite = uint64_t(nonfinite);
+        told.clip_factor = clip_factor(ask.max_norm, total);
+        told.skipped = ask.skip_nonfinite && nonfinite > 0;
+        device::upload(verdict, &told, sizeof told, into.stream);
     }
 
     const std::vector<Job>& jobs;
     const OnePass& ask;
-    const device::Stream stream;
-    Counters* const counters;
-    const std::vector<uint32_t>& counter;
+    const Into& into;
     std::vector<device::Kernel> kernels;
     int64_t blocks = 0;
+    size_t stepping = 0;
     double* numbers = nullptr;
     Verdict* verdict = nullptr;
     ResultHead* result = nullptr;
@@ -234,25 +258,21 @@ class Submission {
 
 }  // namespace
 
-std::shared_ptr<Pending> submit(const std::vector<Job>& jobs, const OnePass& ask, device::Stream stream,
-                                Counters* counters, const std::vector<uint32_t>& counter) {
+std::shared_ptr<Pending> submit(const std::vector<Job>& jobs, const OnePass& ask, const Into& into) {
     const bool asked = ask.stats || ask.skip_nonfinite;
     std::shared_ptr<Pending> pending = asked ? std::make_shared<Pending>() : nullptr;
-    if (jobs.empty()) {
-        if (pending) pending->known.emplace();
-        return pending;
-    }
-    const device::Current current(stream.device);
-    Submission submission(jobs, ask, stream, counters, counter);
-    std::lock_guard<std::mutex> hold(workspaces_mutex);
-    const device::Owner owner = device::owner(stream);
+    const device::Current current(into.stream.device);
+    Submission submission(jobs, ask, into);
+    if (pending && !submission.steps()) pending->known.emplace();
+    std::unique_lock<std::mutex> hold(workspaces_mutex);
+    const device::Owner owner = device::owner(into.stream);
     Workspace& space = workspaces()[owner];
-    if (!ask.plain() || counters) space.grow(ask.clip || ask.stats ? submission.room() : 0);
-    if (pending) {
+    if (!ask.plain() || into.counters) space.grow(ask.clip || ask.stats || into.reduce ? submission.room() : 0);
+    if (pending && submission.steps()) {
         pending->owner = owner;
-        pending->jobs = jobs.size();
+        pending->jobs = submission.steps();
         pending->norms = ask.stats;
-        pending->bytes = sizeof(ResultHead) + (ask.stats ? sums * jobs.size() * sizeof(double) : 0);
+        pending->bytes = sizeof(ResultHead) + (ask.stats ? sums * pending->jobs * sizeof(double) : 0);
         auto& free = space.results;
         auto fits = std::find_if(free.begin(), free.end(), [&](const auto& x) { return x.first >= pending->bytes; });
         if (fits == free.end()) {
@@ -263,8 +283,8 @@ std::shared_ptr<Pending> submit(const std::vector<Job>& jobs, const OnePass& ask
         }
     }
     submission.run(space, pending ? static_cast<ResultHead*>(pending->buffer) : nullptr);
-    if (pending) pending->done = std::make_unique<device::Event>(stream);
-    if (counters) counters->last = std::make_unique<device::Event>(stream);
+    if (pending && pending->buffer) pending->done = std::make_unique<device::Event>(into.stream);
+    if (into.counters) into.counters->last = std::make_unique<device::Event>(into.stream);
     return pending;
 }
 

@@ -17,11 +17,17 @@ class Counters {
     int64_t* on_device;
 
   private:
-    friend class Pending;
-    friend std::shared_ptr<class Pending> submit(const std::vector<Job>&, const OnePass&, device::Stream, Counters*,
-                                                 const std::vector<uint32_t>&);
+    friend std::shared_ptr<class Pending> submit(const std::vector<Job>&, const OnePass&, const struct Into&);
     size_t count;
     std::unique_ptr<device::Event> last;
+};
+
+// Where a call goes.
+struct Into {
+    device::Stream stream;
+    Counters* counters = nullptr;   // rows that are `counted` take their step from there
+    std::vector<uint32_t> counter;  // the place of each job's step count among them
+    Reduce reduce;                  // needs the host in the middle of the call
 };
 
 // What a call tells. It stays on the device until someone looks.
@@ -31,8 +37,7 @@ class Pending {
     const Outcome& outcome();  // waits for the call
 
   private:
-    friend std::shared_ptr<Pending> submit(const std::vector<Job>&, const OnePass&, device::Stream, Counters*,
-                                           const std::vector<uint32_t>&);
+    friend std::shared_ptr<Pending> submit(const std::vector<Job>&, const OnePass&, const Into&);
     device::Owner owner{};
     size_t jobs = 0;
     bool norms = false;
@@ -42,9 +47,7 @@ class Pending {
     std::optional<Outcome> known;
 };
 
-// Puts a call into the stream. With counters, `counter` has the place of each job's step count among them, and rows
-// that are `counted` take their step from there. Null where nobody asked for anything.
-std::shared_ptr<Pending> submit(const std::vector<Job>& jobs, const OnePass& ask, device::Stream stream,
-                                Counters* counters, const std::vector<uint32_t>& counter);
+// Puts a call into a stream. Null where nobody asked for anything.
+std::shared_ptr<Pending> submit(const std::vector<Job>& jobs, const OnePass& ask, const Into& into);
 
 }  // namespace fastgd

@@ -15,6 +15,16 @@ FASTGD_FN double power(double base, int64_t exponent) {
     }
 }
 
+// How many hyperparameters; each function below names them.
+enum {
+    sgd_hyperparameters = 4,
+    adam_hyperparameters = 5,
+    adamw_hyperparameters = 5,
+    adagrad_hyperparameters = 4,
+    rmsprop_hyperparameters = 5,
+    lion_hyperparameters = 4,
+};
+
 // h: lr, momentum, dampening, weight_decay
 FASTGD_FN void sgd_coefficients(const double* h, int64_t step, double* c) {
     c[0] = h[0];

@@ -33,24 +33,28 @@ cudaStreamCaptureStatus capturing(cudaStream_t stream, unsigned long long* id = 
     return status;
 }
 
-// For work beside all streams: what is allowed while something is captured, and is not captured itself.
-class Aside {
+// What is allowed while something is captured.
+class Relaxed {
   public:
-    Aside() {
-        CHECK(cudaThreadExchangeStreamCaptureMode, &mode);
-        CHECK(cudaStreamCreateWithFlags, &stream, cudaStreamNonBlocking);
-    }
-    ~Aside() {
-        cudaStreamDestroy(stream);
-        cudaThreadExchangeStreamCaptureMode(&mode);
-    }
-    void wait() const { CHECK(cudaStreamSynchronize, stream); }
-
-    cudaStream_t stream = nullptr;
+    Relaxed() { CHECK(cudaThreadExchangeStreamCaptureMode, &mode); }
+    ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode); }
+    Relaxed(const Relaxed&) = delete;
 
   private:
     cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
 };
+
+// A stream of the current device for work beside all others; it waits for none of them.
+cudaStream_t aside() {
+    static std::mutex mutex;
+    static std::map<int, cudaStream_t> streams;
+    int device;
+    CHECK(cudaGetDevice, &device);
+    std::lock_guard<std::mutex> hold(mutex);
+    cudaStream_t& stream = streams[device];
+    if (!stream) CHECK(cudaStreamCreateWithFlags, &stream, cudaStreamNonBlocking);
+    return stream;
+}
 
 const void* function(const Kernel& kernel) {
     switch (kernel.rule) {
@@ -78,6 +82,20 @@ std::string name_of(int device) {
 
 }  // namespace
 
+const bool is_host = false;
+bool holds(dlpack::DeviceType type) { return type == dlpack::cuda || type == dlpack::cuda_managed; }
+
+int of(const void* memory) {
+    cudaPointerAttributes found{};
+    if (memory) CHECK(cudaPointerGetAttributes, &found, memory);
+    if (found.type != cudaMemoryTypeDevice && found.type != cudaMemoryTypeManaged) {
+        int current;  // empty, or not ours to judge
+        CHECK(cudaGetDevice, &current);
+        return current;
+    }
+    return found.device;
+}
+
 Current::Current(int device) {
     CHECK(cudaGetDevice, &before);
     if (device != before) CHECK(cudaSetDevice, device);
@@ -92,19 +110,19 @@ Owner owner(Stream stream) {
 }
 
 void* allocate(size_t bytes) {
-    const Aside aside;
+    const Relaxed relaxed;
     void* memory;
     CHECK(cudaMalloc, &memory, bytes);
-    CHECK(cudaMemsetAsync, memory, 0, bytes, aside.stream);
-    aside.wait();
+    CHECK(cudaMemsetAsync, memory, 0, bytes, aside());
+    CHECK(cudaStreamSynchronize, aside());
     return memory;
 }
 
 void upload(void* to, const void* from, size_t bytes, Stream stream) {
     if (capturing(of(stream)) == cudaStreamCaptureStatusNone) CHECK(cudaStreamSynchronize, of(stream));
-    const Aside aside;
-    CHECK(cudaMemcpyAsync, to, from, bytes, cudaMemcpyHostToDevice, aside.stream);
-    aside.wait();
+    const Relaxed relaxed;
+    CHECK(cudaMemcpyAsync, to, from, bytes, cudaMemcpyHostToDevice, aside());
+    CHECK(cudaStreamSynchronize, aside());
 }
 
 Event::Event(Stream stream) : device(stream.device) {
@@ -138,12 +156,13 @@ void Event::wait() const {
 void Event::download(void* to, const void* from, size_t bytes) const {
     wait();
     const Current current(device);
-    const Aside aside;
-    CHECK(cudaMemcpyAsync, to, from, bytes, cudaMemcpyDeviceToHost, aside.stream);
-    aside.wait();
+    const Relaxed relaxed;
+    CHECK(cudaMemcpyAsync, to, from, bytes, cudaMemcpyDeviceToHost, aside());
+    CHECK(cudaStreamSynchronize, aside());
 }
 
 uint32_t enough(const Kernel& kernel) {
+    const Relaxed relaxed;  // the first look at a kernel loads it
     int device;
     CHECK(cudaGetDevice, &device);
     static std::mutex mutex;

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "../bind/dlpack.hpp"
 #include "../cpu/kernels.hpp"
 #include "launch.hpp"
 
@@ -17,6 +18,10 @@ namespace fastgd::device {
 struct Failure : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
+
+extern const bool is_host;              // whether this is no GPU but its emulation
+bool holds(dlpack::DeviceType type);    // whether its tensors lie there
+int of(const void* memory);             // the device that memory belongs to
 
 struct Stream {
     int device;

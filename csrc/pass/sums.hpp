@@ -29,5 +29,11 @@ FASTGD_FN double add(const double* x, int64_t n) {
     return sum;
 }
 
+// By what gradients of this sum of squares are multiplied to have at most this norm; NaN stays.
+FASTGD_FN double clip_factor(double max_norm, double total) {
+    const double factor = max_norm / (sqrt(total) + 1e-6);
+    return factor > 1 ? 1 : factor;
+}
+
 }  // namespace FASTGD_UNIT
 }  // namespace fastgd

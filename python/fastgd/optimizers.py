@@ -239,12 +239,17 @@ class Optimizer:
         """Check hyperparameters by making a row of them; what a callable ``lr`` gives is checked in the step."""
         self._row_of(group, 1, 0.0 if callable(group["lr"]) else group["lr"])
 
-    def _row(self, index: int, step: int) -> coefficients.Row:
-        """The row of a group for one step count: called by the engine, in a step, before anything is written."""
+    def _row(self, index: int, step: int) -> coefficients.Row | None:
+        """The row of a group for one step count: called by the engine, in a step, before anything is written.
+
+        For step 0, where a device counts: the hyperparameters, or None where they depend on the count.
+        """
         group = self.param_groups[index]
         lr = group["lr"]
         if not callable(lr):
             return self._row_of(group, step, lr)
+        if step == 0:
+            return None
         lr = lr(step)
         row = self._row_of(group, step, lr)
         self._last_lr[index] = lr
@@ -639,6 +644,7 @@ class RMSprop(Optimizer):
             group["momentum"],
             group["centered"],
             group["maximize"],
+            step,
         )
 
 
@@ -675,7 +681,7 @@ class Lion(Optimizer):
 
     @staticmethod
     def _row_of(group: Mapping[str, Any], step: int, lr: Any) -> coefficients.Row:
-        return coefficients.lion(lr, group["betas"], group["weight_decay"], group["maximize"])
+        return coefficients.lion(lr, group["betas"], group["weight_decay"], group["maximize"], step)
 
 
 def _read_step(label: str, value: Any) -> int:

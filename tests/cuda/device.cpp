@@ -24,6 +24,7 @@ struct Each {
 using Body = void (*)(const Launch&, const Place&);
 
 template <class Rule, class T> void step(const Launch& l, const Place& place) { step_body<Rule, T>(l, place, Each()); }
+template <class T> void average(const Launch& l, const Place& place) { average_body<T>(l, place, Each()); }
 void read(const Launch& l, const Place& place) { read_body(l, place, Each()); }
 
 template <template <bool...> class Rule, int flags, int mask = 0> Body find(int variant, Compute compute) {
@@ -41,6 +42,7 @@ Body body(const device::Kernel& kernel) {
     case rule_##name: return find<name, count(__VA_ARGS__)>(kernel.variant, kernel.compute);
         FASTGD_RULES(RULE)
 #undef RULE
+        case device::averages: return kernel.compute == Compute::float32 ? average<float> : average<double>;
     }
     return read;
 }
@@ -50,6 +52,10 @@ std::mt19937 shuffled(0);
 }  // namespace
 
 namespace device {
+
+const bool is_host = true;
+bool holds(dlpack::DeviceType type) { return type == dlpack::cpu; }
+int of(const void*) { return 0; }
 
 Current::Current(int device) : before(device) {}
 Current::~Current() {}
@@ -83,7 +89,7 @@ void launch(const Kernel& kernel, const Launch& launch, uint32_t blocks, Stream)
 }
 
 std::vector<std::string> architectures() { return {"emulated"}; }
-std::vector<std::string> devices() { return {}; }
+Devices devices() { return {{"the host"}, ""}; }
 
 }  // namespace device
 }  // namespace fastgd
