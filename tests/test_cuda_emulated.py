@@ -74,7 +74,11 @@ def test_any_number_of_thread_blocks(case, most, blocks):
     """A launch is cut anywhere; which block comes last is anyone's."""
     blocks(most)
     rng = np.random.default_rng(3)
-    for sizes in ((rng.integers(0, 9000, 40) * rng.choice([0, 1, 1, 1], 40)).tolist(), [1 << 16 | 3], [1023, 70_000, 1]):
+    for sizes in (
+        (rng.integers(0, 9000, 40) * rng.choice([0, 1, 1, 1], 40)).tolist(),
+        [1 << 16 | 3],
+        [1023, 70_000, 1],
+    ):
         for extras in (EXTRAS, ("stats",), ("max_norm",), ("skip_nonfinite",), ()):
             assert_twin(case, problem(case, sizes, MIXES), extras, str(most))
 
@@ -145,7 +149,14 @@ HYPER = {
 def test_coefficients_of_the_device(rule):
     """The same formulas once more: the bits of coefficients.py, at any step."""
     r = random.Random(0)
-    steps = [*range(1, 70), 10**6, 2**31, 2**53 + 1, 2**63 - 1, *(r.randrange(1, 2 ** r.randrange(1, 64)) for _ in range(300))]
+    steps = [
+        *range(1, 70),
+        10**6,
+        2**31,
+        2**53 + 1,
+        2**63 - 1,
+        *(r.randrange(1, 2 ** r.randrange(1, 64)) for _ in range(300)),
+    ]
     for step in steps:
         h = HYPER["adam" if rule == "adamw" else rule](r)
         call = {

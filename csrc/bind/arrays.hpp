@@ -9,6 +9,8 @@
 
 namespace fastgd {
 
+constexpr int unknown_device = -1;
+
 // An array as its owner describes it. shape and strides belong to the array object.
 struct View {
     PyObject* object;
@@ -24,6 +26,10 @@ struct View {
 
     int64_t stride(int d) const { return strides[d] * stride_unit; }
     int64_t size() const;
+    // Whether two arrays are known to lie on different devices.
+    bool apart(const View& other) const {
+        return device != other.device && device != unknown_device && other.device != unknown_device;
+    }
 };
 
 // Reads a numpy.ndarray, or a tensor of a type that was learned; with `any_subclass` (Python has looked at it) also an
@@ -35,7 +41,6 @@ bool read(PyObject* array, View& view, bool any_subclass, bool settled = false);
 bool learn(pybind11::type type, pybind11::str lazy);
 
 // The stream of a GPU that is current for the tensors of this type; none where its library does not tell.
-constexpr int unknown_device = -1;
 std::optional<uintptr_t> current_stream(const View& view);
 
 // Arrays that were written, whose owners want to know: torch counts a tensor's versions.

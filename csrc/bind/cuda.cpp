@@ -95,6 +95,8 @@ py::object run_jobs(const Call& call, const Extras& extras, bool& skipped) {
 
 void register_cuda(py::module_& m) {
     py::class_<Result>(m, "Result").def("fetch", &Result::fetch);
+    m.def("device_of", [](uintptr_t address) { return device::of(reinterpret_cast<const void*>(address)); },
+          py::arg("address"));
     m.def("architectures", &device::architectures);
     m.def("devices", [] {
         const device::Devices found = device::devices();

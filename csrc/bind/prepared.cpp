@@ -144,7 +144,7 @@ class Prepared {
             const int states_end = operands;
             if (!extras.read(s.index, views[0], views, operands, checked)) return refused;
             for (int k = 0; k < operands; ++k)
-                if (views[k].device != stepping[0].param.device) return refused;
+                if (views[k].apart(stepping[0].param)) return refused;
             if (entry.count && !counts.emplace_back().read(entry.count, entry.steps)) return refused;
             Job& job = jobs.emplace_back();
             job.ema = extras.has_ema(s.index);

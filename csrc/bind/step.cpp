@@ -145,7 +145,7 @@ py::object step(py::handle name, py::handle rows, py::handle row_of, py::handle 
         for (int k = 0; k < operands; ++k) {
             if (k == 1 && skip) continue;
             const bool written = k != 1 || extras.ask.zero_grads;
-            if ((written && !views[k].writeable) || views[k].device != first->device) return refused;
+            if ((written && !views[k].writeable) || views[k].apart(*first)) return refused;
             if (written && !skip) touched.add(views[k]);
             if (checked) continue;
             if (written && !injective(views[k])) return refused;

@@ -7,25 +7,35 @@ checks look at, and what ``fastgd._cuda`` takes in the place of the array; its e
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
 import numpy as np
 
 _CUDA = (2, 13)  # DLPack's device types: a GPU's memory, and managed memory
-_DTYPES = ("float64", "float32", "float16", "bfloat16")
+HOST = "the host"
 
 
 class Window(np.ndarray[Any, Any]):
     """The shape of an array on a GPU; see the module."""
 
-    device: int
     owner: Any
+    place: str
+
+    def __array_finalize__(self, obj: Any) -> None:
+        self.owner, self.place = getattr(obj, "owner", None), getattr(obj, "place", HOST)
 
     def __repr__(self) -> str:
-        return f"<window of shape {self.shape} and dtype {self.dtype} on cuda:{self.device}>"
+        return f"<window of shape {self.shape} and dtype {self.dtype} on {self.place}>"
 
     __str__ = __repr__
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # whoever is copied makes new ones
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
 
 
 def is_on_gpu(value: Any) -> bool:
@@ -33,7 +43,7 @@ def is_on_gpu(value: Any) -> bool:
     if isinstance(value, (np.ndarray, type)):
         return isinstance(value, Window)
     torch = sys.modules.get("torch")
-    if torch is not None and isinstance(value, torch.Tensor):
+    if torch is not None and isinstance(value, getattr(torch, "Tensor", ())):
         return bool(value.is_cuda)
     try:
         return hasattr(value, "__cuda_array_interface__") or value.__dlpack_device__()[0] in _CUDA
@@ -41,24 +51,152 @@ def is_on_gpu(value: Any) -> bool:
         return False
 
 
-def engine(label: str) -> Any:
-    """``fastgd._cuda``, or an error that says how to come by it."""
+def place(value: Any) -> str:
+    """Where the memory of an ndarray or a window is."""
+    return value.place if isinstance(value, Window) else HOST
+
+
+def engine_of(values: Any, otherwise: Any) -> Any:
+    """The module that steps these arrays: that of the first of them."""
+    label, first = "params", values
+    if isinstance(values, Mapping):
+        label, first = next(((f"params[{key!r}]", a) for key, a in values.items()), (label, None))
+    elif isinstance(values, (list, tuple)):
+        label, first = "params[0]", values[0] if values else None
+    if not is_on_gpu(first):
+        return otherwise
     try:
         return import_module("fastgd._cuda")
     except ImportError as error:
         raise TypeError(
             f"{label}: expected an array in the host's memory, got one on a GPU, and this build of fastgd has no CUDA "
-            f"({error}); build it where nvcc is, with -C cmake.define.FASTGD_CUDA=ON, or step a copy on the host"
+            f"({error}); install it where nvcc is, pip install . -C cmake.define.FASTGD_CUDA=ON, or step a host copy"
         ) from None
 
 
-def engine_of(label: str, values: Any, otherwise: Any) -> Any:
-    """The module that steps these arrays, by the first of them."""
-    if isinstance(values, dict):
-        values = values.values()
-    if not isinstance(values, (list, tuple)) and not hasattr(values, "__iter__"):
-        values = [values]
-    return otherwise
+def window(label: str, value: Any, written: bool) -> Window:
+    """``value``, an array on a GPU, as a window."""
+    if isinstance(value, Window):
+        return value
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, getattr(torch, "Tensor", ())):
+        from fastgd import tensors
+
+        tensors.check_dense(label, value)
+        itemsize = value.element_size()
+        strides = tuple(n * itemsize for n in value.stride())
+        return _window(value, value.data_ptr(), value.shape, strides, str(value.dtype)[6:], False, value.device.index)
+    name = f"{type(value).__module__.partition('.')[0]}.{type(value).__name__}"
+    if not hasattr(value, "__cuda_array_interface__"):
+        raise TypeError(
+            f"{label}: expected an array with the CUDA array interface, got {name}; pass cupy.from_dlpack(x)"
+        )
+    if written and name.startswith("jax"):
+        raise TypeError(f"{label}: expected an array that can be written, got {name}; JAX arrays are immutable")
+    seen = value.__cuda_array_interface__
+    if seen.get("mask") is not None:
+        raise TypeError(f"{label}: expected a plain array, got a masked array; fill it first")
+    address, read_only = seen["data"]
+    dtype = getattr(value, "dtype", None)  # names bfloat16, which the interface does not
+    dtype = getattr(dtype, "name", seen["typestr"]) if seen["typestr"][1] == "V" else seen["typestr"]
+    device = getattr(getattr(value, "device", None), "id", None)
+    if device is None:
+        device = import_module("fastgd._cuda").device_of(address)
+    return _window(value, address, seen["shape"], seen.get("strides"), dtype, read_only, device)
+
+
+def _window(owner: Any, address: int, shape: Any, strides: Any, dtype: str, read_only: bool, device: int) -> Window:
+    if dtype == "bfloat16":
+        from ml_dtypes import bfloat16 as scalar
+    else:
+        scalar = dtype
+    size = np.dtype(scalar).itemsize
+    interface = {"version": 3, "shape": tuple(shape), "strides": strides, "data": (address or size, read_only)}
+    memory = type("Memory", (), {"__array_interface__": {**interface, "typestr": f"|V{size}"}, "owner": owner})()
+    seen = np.asarray(memory).view(np.dtype(scalar)).view(Window)
+    seen.owner, seen.place = owner, f"cuda:{device}"
+    return seen
+
+
+def learn(values: Any) -> None:
+    """Teach ``fastgd._cuda`` the types of these tensors, so that it reads the next itself."""
+    from fastgd import tensors
+
+    entries = values.values() if isinstance(values, Mapping) else values
+    for kind in {
+        type(a) for a in (entries if isinstance(entries, (list, tuple)) else [values]) if tensors.is_tensor(a)
+    }:
+        tensors.learn(kind, import_module("fastgd._cuda"))
+
+
+def readable(seen: Any) -> Any:
+    """What the engine reads quickest of an array: a tensor whose type it has learned itself, all else by its window."""
+    if not isinstance(seen, Window):
+        return seen
+    from fastgd import tensors
+
+    owner = seen.owner
+    return owner if tensors.is_tensor(owner) and tensors.learn(type(owner), import_module("fastgd._cuda")) else seen
+
+
+def full_like(seen: Any, fill: float, dtype: Any) -> Any:
+    """A new array in the layout of an ndarray or, beside the array of a window, of its library."""
+    if not isinstance(seen, Window):
+        return np.full_like(seen, fill, dtype=dtype, subok=False)
+    library = _library(seen)
+    if library.__name__ == "torch":
+        return library.full_like(seen.owner.detach(), fill, dtype=getattr(library, np.dtype(dtype).name))
+    with library.cuda.Device(seen.owner.device.id):
+        return library.full_like(seen.owner, fill, dtype=dtype)
+
+
+def copied_like(seen: Any, value: Any) -> Any:
+    """A copy of an ndarray or window, of its own dtype, where the first argument lies and in its layout."""
+    if not isinstance(seen, Window):
+        copy = np.empty_like(seen, dtype=value.dtype, subok=False)
+        copy[...] = value
+        return copy
+    copy = full_like(seen, 0.0, value.dtype)
+    library = _library(seen)
+    source = value.owner if isinstance(value, Window) else value
+    if library.__name__ != "torch":
+        copy[...] = library.asarray(source)
+    elif isinstance(value, Window):
+        copy.copy_(library.as_tensor(source))
+    else:
+        plain = np.ascontiguousarray(source)
+        raw = plain.view(np.int16) if plain.dtype.name == "bfloat16" else plain
+        copy.copy_(library.from_numpy(raw.copy()).view(copy.dtype).reshape(copy.shape))
+    return copy
+
+
+def _library(seen: Window) -> Any:
+    """The library of a window's array, which can make more of them: torch or CuPy."""
+    name = type(seen.owner).__module__.partition(".")[0]
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(seen.owner, torch.Tensor):
+        return torch
+    if name != "cupy":
+        raise TypeError(
+            f"params: expected arrays of CuPy or torch for a class, which makes states, got {name}; "
+            "pass cupy.asarray(x), which shares the memory"
+        )
+    return sys.modules["cupy"]
+
+
+def stream_for(seen: Any, stream: int | None) -> int | None:
+    """The stream that was named, else the one that is current for the array of a window."""
+    if stream is not None or not isinstance(seen, Window):
+        return stream
+    torch, cupy = (sys.modules.get(name) for name in ("torch", "cupy"))
+    index = int(seen.place.removeprefix("cuda:"))
+    if torch is not None and isinstance(seen.owner, torch.Tensor):
+        return int(torch.cuda.current_stream(index).cuda_stream)
+    if cupy is not None and isinstance(seen.owner, cupy.ndarray):
+        with cupy.cuda.Device(index):
+            return int(cupy.cuda.get_current_stream().ptr)
+    number = seen.owner.__cuda_array_interface__.get("stream")
+    return number if number is not None and number > 2 else 0  # 1 and 2 name default streams
 
 
 def handle(stream: Any) -> int | None:

@@ -73,6 +73,12 @@ class Ask(NamedTuple):
 
 
 NOTHING = Ask()
+NO_STREAM = "stream: expected none for arrays in the host's memory; only those on a GPU are stepped in streams"
+
+
+def may_have_moved(result: Any) -> bool:
+    """Whether what an engine returned leaves it possible that arrays have changed; no GPU is waited for."""
+    return not isinstance(result, tuple) or not result[0]
 
 
 def read(caller: str, one_pass: OnePass) -> Ask:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 
-from fastgd import arrays, coefficients, engine, onepass, tensors
+from fastgd import arrays, coefficients, devices, engine, onepass, tensors
 from fastgd.arrays import Array, Arrays
 from fastgd.onepass import OnePass
 from fastgd.stats import StepStats
@@ -53,11 +53,14 @@ class Optimizer:
         self._names: Sequence[Hashable] = []  # what a StepStats calls them
         self._group_of: list[int] = []
         self._state: list[dict[str, Array]] = []
-        self._prepared = self._engine.Prepared(self._rule)
-
         if isinstance(params, (list, tuple, Mapping)) and not len(params):
             raise ValueError(f"params: expected at least one array, got {arrays.described(params)}")
-        if isinstance(params, (list, tuple)) and isinstance(params[0], Mapping):
+        grouped = isinstance(params, (list, tuple)) and isinstance(params[0], Mapping)
+        self._module = devices.engine_of(params[0].get("params") if grouped else params, self._engine)
+        self._on_gpu = self._module is not self._engine
+        self._prepared = self._module.Prepared(self._rule)
+
+        if grouped:
             for group in params:
                 self.add_param_group(group)
         else:
@@ -214,15 +217,17 @@ class Optimizer:
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state["_prepared"] = self._prepared.steps
+        del state["_module"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         given = [p for group in self.param_groups for p in group["params"]]
-        self._params = arrays.check_params(self._labels, given)
-        self._prepared = self._engine.Prepared(self._rule)
+        self._params = arrays.check_params(self._labels, given, None if self._on_gpu else devices.HOST)
+        self._module = devices.engine_of(given, self._engine)
+        self._prepared = self._module.Prepared(self._rule)
         for group, p in zip(self._group_of, self._params, strict=True):
-            self._prepared.add(group, [p])
+            self._prepared.add(group, [devices.readable(p)])
         self._prepared.load(state["_prepared"])
 
     @staticmethod
@@ -263,8 +268,10 @@ class Optimizer:
             if key not in state:
                 dtype = self._state_dtype or self._params[index].dtype
                 fill = self._fill(self.param_groups[self._group_of[index]])
-                state[key] = np.full_like(self._params[index], fill, dtype=dtype, subok=False)
-        return tuple(state[key] for key in keys)
+                state[key] = devices.full_like(self._params[index], fill, dtype)
+        if not self._on_gpu:
+            return tuple(state[key] for key in keys)
+        return tuple(devices.readable(devices.window(key, state[key], True)) for key in keys)
 
     @classmethod
     def _keys(cls, variant: int) -> list[str]:
@@ -284,11 +291,10 @@ class Optimizer:
             value = saved.get(key)
             if value is None:  # as torch's SGD saves a buffer that it does not use
                 continue
-            a = arrays.check_array(f"{label}[{key!r}]", value)
+            a = arrays.check_array(f"{label}[{key!r}]", value, place=None if self._on_gpu else devices.HOST)
             if a.shape != param.shape:
                 raise ValueError(f"{label}[{key!r}]: expected shape {param.shape}, got {a.shape}")
-            states[key] = np.empty_like(param, dtype=a.dtype, subok=False)  # in the parameter's layout
-            states[key][...] = a
+            states[key] = devices.copied_like(param, a)  # in the parameter's layout
         if "step" in saved:
             step = _read_step(f"{label}['step']", saved["step"])
         elif self._rule == "sgd":  # torch's SGD counts no steps: with a buffer the next is not the first
@@ -305,12 +311,12 @@ class Optimizer:
         form = arrays.Form(group["params"])
         labels = form.labels(label)
         given = form.flatten(label, group["params"])
-        params = arrays.check_params(labels, given)
+        params = arrays.check_params(labels, given, self._place())
         arrays.check_memory([*zip(self._labels, self._params, strict=True), *zip(labels, params, strict=True)], [])
         self._check_group(new)
         new["params"] = given
         index = len(self.param_groups)
-        self._prepared.add(index, params)
+        self._prepared.add(index, [devices.readable(p) for p in params])
         self.param_groups.append(new)
         self._forms.append(form)
         self._last_lr.append(None)
@@ -322,9 +328,15 @@ class Optimizer:
         keys = [key for form in self._forms for key in form.keys or ()]
         self._names = keys if len(set(keys)) == len(self._params) else range(len(self._params))
 
+    def _place(self) -> str | None:
+        """Where parameters lie; None as long as any GPU will do."""
+        return devices.place(self._params[0]) if self._params else None if self._on_gpu else devices.HOST
+
     def _one_pass(self, grads: Any, one_pass: OnePass) -> StepStats | None:
         """A step with more than the step asked of it."""
         ask = onepass.read(f"{type(self).__name__}.step", one_pass)
+        if ask.stream is not None and not self._on_gpu:
+            raise ValueError(onepass.NO_STREAM)
         last_lr = list(self._last_lr)
         flat = self._listed(grads)
         flat_ask = ask._replace(ema=self._listed(ask.ema), copies=self._listed(ask.copies))
@@ -332,13 +344,13 @@ class Optimizer:
         if result is False:
             result = self._check_and_step(grads, ask)
             flat = self._flatten("grads", grads)[1]
-        if self._tensors and (result is True or not result[0]):
+        if self._tensors and onepass.may_have_moved(result):
             tensors.wrote([self._tensors])
         if result is True:
             return None
         entries = flat if isinstance(flat, (list, tuple)) else [flat]
         stats = StepStats(self._names, entries, result, ask.stats)
-        if stats.skipped:
+        if self._last_lr != last_lr and stats.skipped:
             self._last_lr[:] = last_lr
         return stats
 
@@ -348,7 +360,7 @@ class Optimizer:
         checked = arrays.check_grads(labels, self._params, flat, ask.zero_grads)
         labelled_grads = [(label, g) for label, g in zip(labels, checked, strict=True) if g is not None]
         # Parameters and states again: their owner may have made one read-only since, or changed its shape.
-        written = list(zip(self._labels, arrays.check_params(self._labels, self._params), strict=True))
+        written = list(zip(self._labels, arrays.check_params(self._labels, self._params, self._place()), strict=True))
         for i, (param, state) in enumerate(zip(self._params, self._state, strict=True)):
             labelled = [(f"state[{i}][{key!r}]", a) for key, a in state.items()]
             written += [(label, arrays.check_state(label, param, a)) for label, a in labelled]
@@ -365,12 +377,14 @@ class Optimizer:
             arrays.check_memory(written + labelled_grads, [])
         else:
             arrays.check_memory(written, labelled_grads)
+        if self._on_gpu:
+            ask = ask._replace(stream=devices.stream_for(self._params[0], ask.stream))
         result = self._prepared.step(checked, self._row, self._initialise, True, ask)
         if result is False:
             raise RuntimeError(
                 f"{self._rule}: the arrays changed during the step, or this is a bug to report; nothing was stepped"
             )
-        if result is True or not result[0]:
+        if onepass.may_have_moved(result):
             tensors.wrote([given_ema, given_copies, *[self._flatten("grads", grads)[1]] * ask.zero_grads])
         return result
 
