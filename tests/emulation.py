@@ -52,7 +52,7 @@ def module() -> Any:
             subprocess.run([compiler, *options, "-c", source, "-o", to], check=True)
             return to
 
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compiled, SOURCES))
         unfinished = library.with_suffix(f".{os.getpid()}")
         subprocess.run([compiler, "-shared", *objects, "-o", unfinished, "-pthread"], check=True)

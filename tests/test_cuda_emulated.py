@@ -5,6 +5,8 @@ What is imported here from other tests runs here once more, with the emulated mo
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 import random
 from typing import Any
@@ -18,6 +20,7 @@ from bits import BF16, F32, F64, MIXES, assert_same_bits, values
 from cases import CASES, TABLE
 from classes import every_rule, normal, optimizer
 from emulation import module
+from pretended import gpu, on_gpu  # noqa: F401
 from test_bits import (  # noqa: F401
     test_addresses_that_are_no_multiple_of_the_itemsize,
     test_every_size,
@@ -145,7 +148,7 @@ HYPER = {
 }
 
 
-@pytest.mark.parametrize("rule", module().RULES)
+@pytest.mark.parametrize("rule", fastgd._core.RULES)
 def test_coefficients_of_the_device(rule):
     """The same formulas once more: the bits of coefficients.py, at any step."""
     r = random.Random(0)
@@ -217,6 +220,65 @@ def test_a_rate_that_depends_on_the_step_counts_the_steps_taken():
             each.step(grads, skip_nonfinite=True)
     assert_like(ours, plain)
     assert ours.state_dict()["param_groups"] == plain.state_dict()["param_groups"]
+
+
+@pytest.fixture
+def graph():
+    """A graph of launches: capture(), then replay()."""
+    library = ctypes.CDLL(module().__file__)
+
+    @contextlib.contextmanager
+    def capture():
+        library.emulated_capture(1)
+        yield
+        library.emulated_capture(0)
+
+    return capture, library.emulated_replay
+
+
+@pytest.mark.parametrize("more", [{}, {"skip_nonfinite": True, "max_norm": 0.9}], ids=["plain", "skip"])
+@pytest.mark.parametrize("first", [0, 2], ids=["at-once", "after-two"])
+@every_rule
+def test_graphs(case, gpu, graph, first, more):  # noqa: F811
+    """A captured step, replayed, is as many steps: it counts, reads the rate where it lies, and skips by itself."""
+    capture, replay = graph
+    params, plain = normal(0), optimizer(fastgd._core, case, normal(0))
+    rate = np.array(0.1)
+    ours = getattr(fastgd, case.class_name)(on_gpu(params), **case.hyper | {"lr": on_gpu(rate)}, capturable=True)
+    grads = normal(1)
+    fixed = on_gpu(grads)
+
+    def next_of(step: int) -> None:
+        for g, new in zip(grads, normal(step + 2), strict=True):
+            g[...] = new
+        if more and step == 4:
+            grads[0][1] = np.nan
+        rate[...] = 0.1 / (step + 1)
+        plain.param_groups[0]["lr"] = float(rate)
+        plain.step(grads, **more)
+
+    for step in range(first):
+        next_of(step)
+        ours.step(fixed, **more)
+    with capture():
+        ours.step(fixed, **more)
+    for step in range(first, first + 6):
+        next_of(step)
+        replay()
+    for a, e in zip(params, plain._params, strict=True):
+        assert_same_bits(a, e)
+    assert [int(s["step"]) for s in ours.state.values()] == [int(s["step"]) for s in plain.state.values()]
+
+
+def test_what_no_graph_can_do(gpu):  # noqa: F811
+    with pytest.raises(ValueError, match="capturable: expected parameters on a GPU"):
+        fastgd.AdamW([np.ones(3)], capturable=True)
+    ours = fastgd.AdamW([on_gpu(np.ones(3))], lr=lambda step: 0.1, capturable=True)
+    with pytest.raises(ValueError, match=r"lr'\]: expected a number or a 0-d array with capturable"):
+        ours.step([on_gpu(np.ones(3))])
+    ours = fastgd.AdamW([on_gpu(np.ones(3))], lr=on_gpu(np.ones(2)), capturable=True)
+    with pytest.raises(ValueError, match=r"lr'\]: expected one float64 or float32, got shape \(2,\)"):
+        ours.step([on_gpu(np.ones(3))])
 
 
 def assert_like(ours: Any, plain: Any) -> None:

@@ -88,7 +88,7 @@ def test_a_class_takes_states_from_the_host(gpu):  # noqa: F811
     plain.step(normal(2))
     for a, e in zip(params, plain._params, strict=True):
         assert_same_bits(a, e)
-    with pytest.raises(TypeError, match="state_dict.*cuda:0"):
+    with pytest.raises(TypeError, match=r"state_dict.*cuda:0"):
         plain.load_state_dict(there.state_dict())
 
 
@@ -110,7 +110,7 @@ def test_streams(gpu, monkeypatch):  # noqa: F811
     before = sys.getrefcount(gone)
     fastgd.sgd_step(on_gpu(w), gone, 0.1, stream=9)
     assert sys.getrefcount(gone) > before
-    with pytest.raises(TypeError, match="stream: expected .* got str"):
+    with pytest.raises(TypeError, match=r"stream: expected .* got str"):
         fastgd.sgd_step(on_gpu(w), on_gpu(g), 0.1, stream="fast")
     for call in (lambda: fastgd.sgd_step(w, g, 0.1, stream=5), lambda: fastgd.SGD([w], 0.1).step([g], stream=5)):
         with pytest.raises(ValueError, match="stream: expected none for arrays in the host's memory"):
@@ -148,7 +148,7 @@ def test_errors(gpu):  # noqa: F811
     both = fastgd.SGD([on_gpu(a)], 0.1)
     with pytest.raises(TypeError, match=r"param_groups\[1\].*cuda:0.*cuda:1"):
         both.add_param_group({"params": [on_gpu(b, device=1)]})
-    with pytest.raises(TypeError, match="on a GPU|the host"):
+    with pytest.raises(TypeError, match=r"params: expected .*the host, got .*cuda:0"):
         fastgd.reference.sgd_step(on_gpu(a), on_gpu(b), 0.1)
 
 

@@ -2,8 +2,6 @@
 
 #include <pybind11/stl.h>
 
-#include <deque>
-
 #include "../cuda/call.hpp"
 #include "../cuda/coefficients.hpp"
 #include "backend.hpp"
@@ -54,8 +52,8 @@ class Result {
 class Kept {
   public:
     static void keep(std::vector<py::object> arrays, device::Stream stream) {
-        static auto* all = new std::deque<Kept>;  // never destroyed: there may be no Python then
-        while (!all->empty() && all->front().used->passed()) all->pop_front();
+        static auto* all = new std::vector<Kept>;  // never destroyed: there may be no Python then
+        std::erase_if(*all, [](const Kept& kept) { return kept.used->passed(); });
         all->push_back({std::move(arrays), std::make_unique<device::Event>(stream)});
     }
 
@@ -95,8 +93,9 @@ py::object run_jobs(const Call& call, const Extras& extras, bool& skipped) {
 
 void register_cuda(py::module_& m) {
     py::class_<Result>(m, "Result").def("fetch", &Result::fetch);
-    m.def("device_of", [](uintptr_t address) { return device::of(reinterpret_cast<const void*>(address)); },
-          py::arg("address"));
+    m.def(
+        "device_of", [](uintptr_t address) { return device::of(reinterpret_cast<const void*>(address)); },
+        py::arg("address"));
     m.def("architectures", &device::architectures);
     m.def("devices", [] {
         const device::Devices found = device::devices();

@@ -21,7 +21,8 @@ namespace {
 
 class Prepared {
   public:
-    Prepared(py::handle name, bool steady) : id(find_rule(name)), steady(steady) {}
+    Prepared(py::handle name, bool steady, bool capturable)
+        : id(find_rule(name)), steady(steady), capturable(capturable) {}
 
     void add(int group, py::handle params) {
         Exclusive alone(*this);
@@ -103,6 +104,10 @@ class Prepared {
             }
             return true;
         };
+        if (capturable && !tally && !stepping.empty()) {
+            std::lock_guard<std::mutex> hold(counting);
+            tally = tally_for(extras, known_steps(), stepping[0].param);
+        }
         if (!tally || !find_rows(true)) {  // a rate that is a function of the step needs to know the step
             settle();
             rows.clear();
@@ -349,7 +354,8 @@ class Prepared {
     }
 
     const RuleId id;
-    const bool steady;  // coefficients and initialise change no array that was there before
+    const bool steady;      // coefficients and initialise change no array that was there before
+    const bool capturable;  // a captured step counts each time that it is replayed
     std::vector<Entry> entries;
     std::unique_ptr<Tally> tally;  // the steps of each entry, once they are not known here
     std::vector<Span> written;
@@ -368,7 +374,8 @@ class Prepared {
 
 void register_prepared(py::module_& m) {
     py::class_<Prepared>(m, "Prepared", collected<Prepared>())
-        .def(py::init<py::handle, bool>(), py::arg("rule"), py::arg("steady") = false)
+        .def(py::init<py::handle, bool, bool>(), py::arg("rule"), py::arg("steady") = false,
+             py::arg("capturable") = false)
         .def("add", &Prepared::add, py::arg("group"), py::arg("params"))
         .def("step", &Prepared::step, py::arg("grads"), py::arg("coefficients"), py::arg("initialise"),
              py::arg("checked"), py::arg("one_pass") = py::none())

@@ -51,8 +51,8 @@ Row read_row(RuleId id, py::handle row, bool counted) {
     const Rule& rule = registry()[id];
     const int numbers = counted ? rule.hyperparameters : rule.coefficients;
     if (!PyTuple_Check(row.ptr()) || PyTuple_GET_SIZE(row.ptr()) != 2 + numbers)
-        throw py::value_error(std::string("row: expected a tuple of 2 + ") + std::to_string(numbers) +
-                              " numbers for " + rule.name);
+        throw py::value_error(std::string("row: expected a tuple of 2 + ") + std::to_string(numbers) + " numbers for " +
+                              rule.name);
     auto number = [&](int i) {
         double x = PyFloat_AsDouble(PyTuple_GET_ITEM(row.ptr(), i));
         if (x == -1.0 && PyErr_Occurred()) throw py::error_already_set();
@@ -62,7 +62,13 @@ Row read_row(RuleId id, py::handle row, bool counted) {
     r.variant = int(number(0));
     if (r.variant < 0 || r.variant >= 1 << rule.flags.size()) throw py::value_error("row: no such variant");
     r.sign = number(1);
-    for (int i = 0; i < numbers; ++i) r.coefficients[i] = number(2 + i);
+    const py::handle lr = counted ? PyTuple_GET_ITEM(row.ptr(), 2) : nullptr;
+    if (lr && PyTuple_Check(lr.ptr())) {  // on the device
+        const auto [address, wide] = py::cast<std::pair<uintptr_t, bool>>(lr);
+        r.lr = reinterpret_cast<const void*>(address);
+        r.lr_dtype = wide ? Dtype::float64 : Dtype::float32;
+    }
+    for (int i = r.lr ? 1 : 0; i < numbers; ++i) r.coefficients[i] = number(2 + i);
     r.counted = counted;
     return r;
 }

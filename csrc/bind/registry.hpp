@@ -18,7 +18,8 @@ struct Rule {
 const std::vector<Rule>& registry();
 RuleId find_rule(pybind11::handle name);
 
-// (variant, sign, c0, c1, ...) as coefficients.py makes it; with `counted`, hyperparameters in their place.
+// (variant, sign, c0, c1, ...) as coefficients.py makes it; with `counted`, hyperparameters in their place, where lr
+// may be on the device: a tuple of its address and whether it is float64, else float32.
 Row read_row(RuleId id, pybind11::handle row, bool counted = false);
 
 // RULES, as Python sees it.

@@ -36,8 +36,8 @@ bool Items::alike(const Items& other) const {
 Extras::Extras(py::handle tuple) {
     if (tuple.is_none()) return;
     auto [grad_scale, max_norm, skip_nonfinite, ema_, ema_weight, copies_, zero_grads, stats, tracked_, reduce_,
-          stream_] = py::cast<std::tuple<double, std::optional<double>, bool, py::object, double, py::object, bool, bool,
-                                         py::object, py::object, std::optional<uintptr_t>>>(tuple);
+          stream_] = py::cast<std::tuple<double, std::optional<double>, bool, py::object, double, py::object, bool,
+                                         bool, py::object, py::object, std::optional<uintptr_t>>>(tuple);
     ask = {grad_scale, max_norm.has_value(), max_norm.value_or(0), skip_nonfinite, !ema_.is_none(),
            ema_weight, !copies_.is_none(),   zero_grads,           stats};
     if (ask.ema) ema.emplace(ema_);

@@ -23,8 +23,8 @@ struct Row {
     int variant;
     double sign;  // -1 maximizes
     double coefficients[max_coefficients];
-    // For a device that counts the steps itself: the coefficients are hyperparameters, lr first (cuda/coefficients.hpp),
-    // or elsewhere on the device.
+    // For a device that counts the steps itself: the coefficients are hyperparameters, lr first
+    // (cuda/coefficients.hpp), or elsewhere on the device.
     bool counted = false;
     const void* lr = nullptr;
     Dtype lr_dtype = Dtype::float64;

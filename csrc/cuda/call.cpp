@@ -15,7 +15,7 @@ namespace {
 struct Workspace {
     Verdict* verdict = nullptr;
     double* sums = nullptr;
-    size_t room = 0;  // numbers in `sums`
+    size_t room = 0;                                // numbers in `sums`
     std::vector<std::pair<size_t, void*>> results;  // buffers that nobody uses any more
 
     void grow(size_t numbers) {

@@ -172,13 +172,13 @@ uint32_t enough(const Kernel& kernel) {
     if (blocks) return blocks;
     constexpr int waves = 4;  // so that no part of the chip is done long before the rest
     int resident, processors;
-    const cudaError_t status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, function(kernel), threads,
-                                                                             shared_bytes(kernel, true));
+    const cudaError_t status =
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, function(kernel), threads, shared_bytes(kernel, true));
     if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction ||
         status == cudaErrorUnsupportedPtxVersion) {
         cudaGetLastError();
-        throw Failure("this build of fastgd has no code for device " + std::to_string(device) + " (" +
-                      name_of(device) + "), only for the architectures " + compiled +
+        throw Failure("this build of fastgd has no code for device " + std::to_string(device) + " (" + name_of(device) +
+                      "), only for the architectures " + compiled +
                       "; build it with -DFASTGD_CUDA_ARCHITECTURES for this one, or update the driver");
     }
     check(status, "cudaOccupancyMaxActiveBlocksPerMultiprocessor");

@@ -19,9 +19,9 @@ struct Failure : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-extern const bool is_host;              // whether this is no GPU but its emulation
-bool holds(dlpack::DeviceType type);    // whether its tensors lie there
-int of(const void* memory);             // the device that memory belongs to
+extern const bool is_host;            // whether this is no GPU but its emulation
+bool holds(dlpack::DeviceType type);  // whether its tensors lie there
+int of(const void* memory);           // the device that memory belongs to
 
 struct Stream {
     int device;

@@ -57,8 +57,7 @@ const void* FASTGD_NAME(step_kernel_, FASTGD_RULE)(int variant, Compute compute)
 
 __global__ void __launch_bounds__(threads) read(const __grid_constant__ Launch l) { read_body(l, place(), Each()); }
 
-template <class T>
-__global__ void __launch_bounds__(threads, residents<T>) average(const __grid_constant__ Launch l) {
+template <class T> __global__ void __launch_bounds__(threads, residents<T>) average(const __grid_constant__ Launch l) {
     average_body<T>(l, place(), Each());
 }
 

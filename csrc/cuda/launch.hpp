@@ -7,7 +7,7 @@
 
 namespace fastgd {
 
-constexpr int threads = 256;          // of a thread block, which has one block of the sums (1024 elements) at a time
+constexpr int threads = 256;           // of a thread block, which has one block of the sums (1024 elements) at a time
 constexpr int argument_bytes = 32764;  // what CUDA 12.1 lets a kernel take
 
 // How an operand's elements are reached: four at once, one by one in a row, by strides, or byte by byte, for addresses
@@ -71,17 +71,17 @@ struct Launch {
     int64_t* counters;   // null: the host counts
 
     double grad_scale, max_norm, ema_weight;
-    uint32_t blocks;         // of elements
-    uint32_t jobs, stride;   // in this launch; words of each
-    uint32_t call_jobs;      // in the whole call
-    uint32_t group_count;    // room for that many in `groups`
-    uint8_t rule, states;    // as in kernels.hpp; how many states
-    bool clip, skip;         // whether the gradients are clipped; whether a step may be skipped
-    bool read;               // whether a read of the gradients came before the step
-    bool count;              // whether this launch counts what is not finite
-    bool sum[sums];          // which sums it makes
+    uint32_t blocks;        // of elements
+    uint32_t jobs, stride;  // in this launch; words of each
+    uint32_t call_jobs;     // in the whole call
+    uint32_t group_count;   // room for that many in `groups`
+    uint8_t rule, states;   // as in kernels.hpp; how many states
+    bool clip, skip;        // whether the gradients are clipped; whether a step may be skipped
+    bool read;              // whether a read of the gradients came before the step
+    bool count;             // whether this launch counts what is not finite
+    bool sum[sums];         // which sums it makes
     bool zero_grads;
-    bool finish, last;       // whether its last thread block has anything to do; whether it ends its phase
+    bool finish, last;  // whether its last thread block has anything to do; whether it ends its phase
 
     static constexpr int words = (argument_bytes - 144) / 8;
     uint64_t arena[words];

@@ -57,13 +57,13 @@ def place(value: Any) -> str:
 
 
 def engine_of(values: Any, otherwise: Any) -> Any:
-    """The module that steps these arrays: that of the first of them."""
+    """The module that steps these arrays: that of the first of them. The twin is asked for by name, and stays."""
     label, first = "params", values
     if isinstance(values, Mapping):
         label, first = next(((f"params[{key!r}]", a) for key, a in values.items()), (label, None))
     elif isinstance(values, (list, tuple)):
         label, first = "params[0]", values[0] if values else None
-    if not is_on_gpu(first):
+    if not is_on_gpu(first) or otherwise.__name__ == "fastgd.reference.engine":
         return otherwise
     try:
         return import_module("fastgd._cuda")
@@ -137,6 +137,14 @@ def readable(seen: Any) -> Any:
 
     owner = seen.owner
     return owner if tensors.is_tensor(owner) and tensors.learn(type(owner), import_module("fastgd._cuda")) else seen
+
+
+def number(label: str, value: Any) -> tuple[int, bool]:
+    """Where a number on a GPU lies, and whether it is float64."""
+    seen = window(label, value, False)
+    if seen.size != 1 or seen.dtype.name not in ("float64", "float32"):
+        raise ValueError(f"{label}: expected one float64 or float32, got shape {seen.shape} and dtype {seen.dtype}")
+    return seen.__array_interface__["data"][0], seen.dtype.name == "float64"
 
 
 def full_like(seen: Any, fill: float, dtype: Any) -> Any:

@@ -39,7 +39,7 @@ class Optimizer:
     _states: ClassVar[dict[str, str | None]]  # torch's key: the flag of the rule that calls for it, None for always
     _engine: ClassVar[Any] = engine.active
 
-    def __init__(self, params: Params, defaults: dict[str, Any], state_dtype: Any) -> None:
+    def __init__(self, params: Params, defaults: dict[str, Any], state_dtype: Any, capturable: bool) -> None:
         self.defaults = defaults
         self.param_groups: list[dict[str, Any]] = []
         self._state_dtype = None if state_dtype is None else np.dtype(state_dtype)
@@ -58,7 +58,10 @@ class Optimizer:
         grouped = isinstance(params, (list, tuple)) and isinstance(params[0], Mapping)
         self._module = devices.engine_of(params[0].get("params") if grouped else params, self._engine)
         self._on_gpu = self._module is not self._engine
-        self._prepared = self._module.Prepared(self._rule)
+        self._capturable = bool(capturable)
+        if self._capturable and not self._on_gpu:
+            raise ValueError("capturable: expected parameters on a GPU, got some in the host's memory; leave it out")
+        self._prepared = self._module.Prepared(self._rule, False, self._capturable)
 
         if grouped:
             for group in params:
@@ -225,7 +228,7 @@ class Optimizer:
         given = [p for group in self.param_groups for p in group["params"]]
         self._params = arrays.check_params(self._labels, given, None if self._on_gpu else devices.HOST)
         self._module = devices.engine_of(given, self._engine)
-        self._prepared = self._module.Prepared(self._rule)
+        self._prepared = self._module.Prepared(self._rule, False, self._capturable)
         for group, p in zip(self._group_of, self._params, strict=True):
             self._prepared.add(group, [devices.readable(p)])
         self._prepared.load(state["_prepared"])
@@ -241,8 +244,12 @@ class Optimizer:
         return 0.0
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
-        """Check hyperparameters by making a row of them; what a callable ``lr`` gives is checked in the step."""
-        self._row_of(group, 1, 0.0 if callable(group["lr"]) else group["lr"])
+        """Check hyperparameters by making a row of them; what a callable ``lr`` gives is checked in the step.
+
+        A rate on a GPU is not looked at: that would wait for it.
+        """
+        lr = group["lr"]
+        self._row_of(group, 1, 0.0 if callable(lr) or devices.is_on_gpu(lr) else lr)
 
     def _row(self, index: int, step: int) -> coefficients.Row | None:
         """The row of a group for one step count: called by the engine, in a step, before anything is written.
@@ -252,7 +259,15 @@ class Optimizer:
         group = self.param_groups[index]
         lr = group["lr"]
         if not callable(lr):
+            if step == 0 and devices.is_on_gpu(lr):
+                row = self._row_of(group, 0, 0.0)
+                return (*row[:2], devices.number(f"param_groups[{index}]['lr']", lr), *row[3:])
             return self._row_of(group, step, lr)
+        if self._capturable:
+            raise ValueError(
+                f"param_groups[{index}]['lr']: expected a number or a 0-d array with capturable, got a function, which "
+                "no graph can call; pass a 0-d array on the GPU, and change it between replays"
+            )
         if step == 0:
             return None
         lr = lr(step)
@@ -427,6 +442,9 @@ class SGD(Optimizer):
         As in `sgd_step`.
     state_dtype : dtype, optional
         dtype of the state; by default its parameter's.
+    capturable : bool
+        For arrays on a GPU: count the steps there, so that a CUDA graph of a step counts when it is replayed. ``lr`` may
+        then be a 0-d array there, which may be changed between replays.
     """
 
     _rule = "sgd"
@@ -443,6 +461,7 @@ class SGD(Optimizer):
         *,
         maximize: bool = False,
         state_dtype: Any = None,
+        capturable: bool = False,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -452,7 +471,7 @@ class SGD(Optimizer):
             nesterov=nesterov,
             maximize=maximize,
         )
-        super().__init__(params, defaults, state_dtype)
+        super().__init__(params, defaults, state_dtype, capturable)
 
     @staticmethod
     def _row_of(group: Mapping[str, Any], step: int, lr: Any) -> coefficients.Row:
@@ -482,6 +501,9 @@ class Adam(Optimizer):
         Divide by the largest average of squares so far.
     state_dtype : dtype, optional
         dtype of the state; by default its parameter's.
+    capturable : bool
+        For arrays on a GPU: count the steps there, so that a CUDA graph of a step counts when it is replayed. ``lr`` may
+        then be a 0-d array there, which may be changed between replays.
     """
 
     _rule = "adam"
@@ -498,9 +520,10 @@ class Adam(Optimizer):
         *,
         maximize: bool = False,
         state_dtype: Any = None,
+        capturable: bool = False,
     ) -> None:
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize)
-        super().__init__(params, defaults, state_dtype)
+        super().__init__(params, defaults, state_dtype, capturable)
 
     @staticmethod
     def _row_of(group: Mapping[str, Any], step: int, lr: Any) -> coefficients.Row:
@@ -524,6 +547,9 @@ class AdamW(Optimizer):
         Divide by the largest average of squares so far.
     state_dtype : dtype, optional
         dtype of the state; by default its parameter's.
+    capturable : bool
+        For arrays on a GPU: count the steps there, so that a CUDA graph of a step counts when it is replayed. ``lr`` may
+        then be a 0-d array there, which may be changed between replays.
     """
 
     _rule = "adamw"
@@ -540,9 +566,10 @@ class AdamW(Optimizer):
         *,
         maximize: bool = False,
         state_dtype: Any = None,
+        capturable: bool = False,
     ) -> None:
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize)
-        super().__init__(params, defaults, state_dtype)
+        super().__init__(params, defaults, state_dtype, capturable)
 
     @staticmethod
     def _row_of(group: Mapping[str, Any], step: int, lr: Any) -> coefficients.Row:
@@ -566,6 +593,9 @@ class Adagrad(Optimizer):
         What the sums of squares start from, >= 0.
     state_dtype : dtype, optional
         dtype of the state; by default its parameter's.
+    capturable : bool
+        For arrays on a GPU: count the steps there, so that a CUDA graph of a step counts when it is replayed. ``lr`` may
+        then be a 0-d array there, which may be changed between replays.
     """
 
     _rule = "adagrad"
@@ -582,6 +612,7 @@ class Adagrad(Optimizer):
         *,
         maximize: bool = False,
         state_dtype: Any = None,
+        capturable: bool = False,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -591,7 +622,7 @@ class Adagrad(Optimizer):
             eps=eps,
             maximize=maximize,
         )
-        super().__init__(params, defaults, state_dtype)
+        super().__init__(params, defaults, state_dtype, capturable)
 
     @staticmethod
     def _row_of(group: Mapping[str, Any], step: int, lr: Any) -> coefficients.Row:
@@ -619,6 +650,9 @@ class RMSprop(Optimizer):
         As in `rmsprop_step`.
     state_dtype : dtype, optional
         dtype of the state; by default its parameter's.
+    capturable : bool
+        For arrays on a GPU: count the steps there, so that a CUDA graph of a step counts when it is replayed. ``lr`` may
+        then be a 0-d array there, which may be changed between replays.
     """
 
     _rule = "rmsprop"
@@ -636,6 +670,7 @@ class RMSprop(Optimizer):
         *,
         maximize: bool = False,
         state_dtype: Any = None,
+        capturable: bool = False,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -646,7 +681,7 @@ class RMSprop(Optimizer):
             centered=centered,
             maximize=maximize,
         )
-        super().__init__(params, defaults, state_dtype)
+        super().__init__(params, defaults, state_dtype, capturable)
 
     @staticmethod
     def _row_of(group: Mapping[str, Any], step: int, lr: Any) -> coefficients.Row:
@@ -675,6 +710,9 @@ class Lion(Optimizer):
         As in `lion_step`.
     state_dtype : dtype, optional
         dtype of the state; by default its parameter's.
+    capturable : bool
+        For arrays on a GPU: count the steps there, so that a CUDA graph of a step counts when it is replayed. ``lr`` may
+        then be a 0-d array there, which may be changed between replays.
     """
 
     _rule = "lion"
@@ -689,9 +727,10 @@ class Lion(Optimizer):
         *,
         maximize: bool = False,
         state_dtype: Any = None,
+        capturable: bool = False,
     ) -> None:
         defaults = dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize)
-        super().__init__(params, defaults, state_dtype)
+        super().__init__(params, defaults, state_dtype, capturable)
 
     @staticmethod
     def _row_of(group: Mapping[str, Any], step: int, lr: Any) -> coefficients.Row:

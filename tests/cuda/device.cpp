@@ -49,6 +49,15 @@ Body body(const device::Kernel& kernel) {
 
 std::mt19937 shuffled(0);
 
+// A graph: while one is captured, launches are kept and not run.
+struct Kept {
+    device::Kernel kernel;
+    Launch launch;
+    uint32_t blocks;
+};
+std::vector<Kept> graph;
+bool capturing = false;
+
 }  // namespace
 
 namespace device {
@@ -60,7 +69,7 @@ int of(const void*) { return 0; }
 Current::Current(int device) : before(device) {}
 Current::~Current() {}
 
-Owner owner(Stream stream) { return {stream.device, reinterpret_cast<uint64_t>(stream.handle), 0}; }
+Owner owner(Stream stream) { return {stream.device, reinterpret_cast<uint64_t>(stream.handle), uint64_t(capturing)}; }
 
 void* allocate(size_t bytes) { return calloc(bytes, 1); }
 void upload(void* to, const void* from, size_t bytes, Stream) { memcpy(to, from, bytes); }
@@ -77,6 +86,7 @@ uint32_t enough(const Kernel&) {
 }
 
 void launch(const Kernel& kernel, const Launch& launch, uint32_t blocks, Stream) {
+    if (capturing) return graph.push_back({kernel, launch, blocks});
     FloatControl control;
     std::vector<uint32_t> order(blocks);
     for (uint32_t i = 0; i < blocks; ++i) order[i] = i;
@@ -93,3 +103,12 @@ Devices devices() { return {{"the host"}, ""}; }
 
 }  // namespace device
 }  // namespace fastgd
+
+extern "C" __attribute__((visibility("default"))) void emulated_capture(int begin) {
+    fastgd::capturing = begin != 0;
+    if (begin) fastgd::graph.clear();
+}
+
+extern "C" __attribute__((visibility("default"))) void emulated_replay() {
+    for (const auto& kept : fastgd::graph) fastgd::device::launch(kept.kernel, kept.launch, kept.blocks, {0, nullptr});
+}
