@@ -1,4 +1,4 @@
-"""The CUDA module without a GPU: its bodies and its binding compiled for the host, where NumPy's arrays are its arrays."""
+"""The CUDA module without a GPU: bodies and binding compiled for the host, where NumPy's arrays are its arrays."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from emulation import module
 STREAM = 77  # that is current
 
 
-class ndarray:  # noqa: N801, as CuPy's
+class ndarray:
     """An array on a device. NumPy gets nothing out of it."""
 
     __module__ = "cupy"

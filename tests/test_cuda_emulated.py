@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import test_bits
-import test_layouts
 import test_one_pass
 from bits import BF16, F32, F64, MIXES, assert_same_bits, values
 from cases import CASES, TABLE

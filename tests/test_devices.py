@@ -188,3 +188,24 @@ def test_the_module_is_what_the_build_made():
     assert told["architectures"] == cuda.architectures() != []
     assert cuda.RULES == _core.RULES
     assert told["devices"] or told["problem"]
+
+
+def test_the_benchmark_says_what_is_missing(monkeypatch, capsys):
+    """And where torch's tensors of the host stand for those of a GPU, its sections run."""
+    from fastgd.cli import bench, main
+
+    told = {**fastgd.config(), "cuda": None}
+    monkeypatch.setattr(fastgd, "config", lambda: told)
+    assert main(["bench", "--suite", "cuda"]) == 1
+    assert "needs fastgd._cuda" in capsys.readouterr().err
+    told["cuda"] = {"devices": [], "architectures": ["90"], "problem": "no driver"}
+    assert main(["bench", "--suite", "cuda"]) == 1
+    assert "needs a GPU: no driver" in capsys.readouterr().err
+    pytest.importorskip("torch")
+    told["cuda"]["devices"] = ["pretended"]
+    monkeypatch.setattr(bench.cuda, "_DEVICE", "cpu")
+    monkeypatch.setattr(bench.cuda, "find_spec", lambda name: name == "torch")
+    quick = ["--quick", "--rounds", "3", "--seconds", "0.01", "--sizes", "1000", "--rules", "sgd", "adamw"]
+    assert main(["bench", "--suite", "cuda", *quick, "--lists", "mlp-mnist"]) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("torch fused", "torch calls", "pretended", "Host time", "bfloat16"))

@@ -54,9 +54,9 @@ class OnePass(TypedDict, total=False):
 class Ask(NamedTuple):
     """The same as an engine takes it; the defaults ask for nothing.
 
-    ``tracked`` and ``reduce`` are for `fastgd.torch`: with ``tracked``, tensors that are not stepped and their averages, an entry of
-    ``ema`` may be None and a parameter without gradient is averaged, too; ``reduce`` takes the sums of squares by
-    parameter and the count of what is not finite from a part of the model to the sum and count of the whole.
+    ``tracked`` and ``reduce`` are for `fastgd.torch`: with ``tracked``, tensors that are not stepped and their
+    averages, an entry of ``ema`` may be None and a parameter without gradient is averaged, too; ``reduce`` takes the
+    sums of squares by parameter and the count of what is not finite from a part of the model to those of the whole.
     """
 
     grad_scale: float = 1.0

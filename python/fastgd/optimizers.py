@@ -443,8 +443,8 @@ class SGD(Optimizer):
     state_dtype : dtype, optional
         dtype of the state; by default its parameter's.
     capturable : bool
-        For arrays on a GPU: count the steps there, so that a CUDA graph of a step counts when it is replayed. ``lr`` may
-        then be a 0-d array there, which may be changed between replays.
+        For arrays on a GPU: count the steps there, so that a CUDA graph of a step counts when it is replayed. ``lr``
+        may then be a 0-d array there, which may be changed between replays.
     """
 
     _rule = "sgd"
@@ -502,8 +502,8 @@ class Adam(Optimizer):
     state_dtype : dtype, optional
         dtype of the state; by default its parameter's.
     capturable : bool
-        For arrays on a GPU: count the steps there, so that a CUDA graph of a step counts when it is replayed. ``lr`` may
-        then be a 0-d array there, which may be changed between replays.
+        For arrays on a GPU: count the steps there, so that a CUDA graph of a step counts when it is replayed. ``lr``
+        may then be a 0-d array there, which may be changed between replays.
     """
 
     _rule = "adam"
@@ -548,8 +548,8 @@ class AdamW(Optimizer):
     state_dtype : dtype, optional
         dtype of the state; by default its parameter's.
     capturable : bool
-        For arrays on a GPU: count the steps there, so that a CUDA graph of a step counts when it is replayed. ``lr`` may
-        then be a 0-d array there, which may be changed between replays.
+        For arrays on a GPU: count the steps there, so that a CUDA graph of a step counts when it is replayed. ``lr``
+        may then be a 0-d array there, which may be changed between replays.
     """
 
     _rule = "adamw"
@@ -594,8 +594,8 @@ class Adagrad(Optimizer):
     state_dtype : dtype, optional
         dtype of the state; by default its parameter's.
     capturable : bool
-        For arrays on a GPU: count the steps there, so that a CUDA graph of a step counts when it is replayed. ``lr`` may
-        then be a 0-d array there, which may be changed between replays.
+        For arrays on a GPU: count the steps there, so that a CUDA graph of a step counts when it is replayed. ``lr``
+        may then be a 0-d array there, which may be changed between replays.
     """
 
     _rule = "adagrad"
@@ -651,8 +651,8 @@ class RMSprop(Optimizer):
     state_dtype : dtype, optional
         dtype of the state; by default its parameter's.
     capturable : bool
-        For arrays on a GPU: count the steps there, so that a CUDA graph of a step counts when it is replayed. ``lr`` may
-        then be a 0-d array there, which may be changed between replays.
+        For arrays on a GPU: count the steps there, so that a CUDA graph of a step counts when it is replayed. ``lr``
+        may then be a 0-d array there, which may be changed between replays.
     """
 
     _rule = "rmsprop"
@@ -711,8 +711,8 @@ class Lion(Optimizer):
     state_dtype : dtype, optional
         dtype of the state; by default its parameter's.
     capturable : bool
-        For arrays on a GPU: count the steps there, so that a CUDA graph of a step counts when it is replayed. ``lr`` may
-        then be a 0-d array there, which may be changed between replays.
+        For arrays on a GPU: count the steps there, so that a CUDA graph of a step counts when it is replayed. ``lr``
+        may then be a 0-d array there, which may be changed between replays.
     """
 
     _rule = "lion"

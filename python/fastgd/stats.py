@@ -85,8 +85,9 @@ class StepStats:
         """What the step told, waiting for the device that took it."""
         if self._told is None:
             result = self._result if isinstance(self._result, tuple) else self._result.fetch()
-            skipped, nonfinite, clip_factor, *squares = result
-            self._told = skipped, nonfinite, clip_factor, array("d", sum(squares, [])) if self._norms else None
+            skipped, nonfinite, clip_factor, of_grads, of_updates, of_params = result
+            squares = array("d", of_grads + of_updates + of_params) if self._norms else None
+            self._told = skipped, nonfinite, clip_factor, squares
             self._result = None
         return self._told
 
