@@ -204,7 +204,7 @@ def test_the_benchmark_says_what_is_missing(monkeypatch, capsys):
     pytest.importorskip("torch")
     told["cuda"]["devices"] = ["pretended"]
     monkeypatch.setattr(bench.cuda, "_DEVICE", "cpu")
-    monkeypatch.setattr(bench.cuda, "find_spec", lambda name: name == "torch")
+    monkeypatch.setattr(bench.cuda, "find_spec", lambda name: name == "torch" or None)
     quick = ["--quick", "--rounds", "3", "--seconds", "0.01", "--sizes", "1000", "--rules", "sgd", "adamw"]
     assert main(["bench", "--suite", "cuda", *quick, "--lists", "mlp-mnist"]) == 0
     out = capsys.readouterr().out

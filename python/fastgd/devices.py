@@ -34,7 +34,7 @@ class Window(np.ndarray[Any, Any]):
     def __reduce__(self) -> Any:
         return type(None), ()  # whoever is copied makes new ones
 
-    def __deepcopy__(self, memo: Any) -> None:
+    def __deepcopy__(self, memo: Any) -> Any:
         return None
 
 
@@ -42,13 +42,17 @@ def is_on_gpu(value: Any) -> bool:
     """Whether ``value`` is an array on a GPU. Imports no library: whoever made the array has."""
     if isinstance(value, (np.ndarray, type)):
         return isinstance(value, Window)
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(value, getattr(torch, "Tensor", ())):
+    if _is_tensor(value):
         return bool(value.is_cuda)
     try:
         return hasattr(value, "__cuda_array_interface__") or value.__dlpack_device__()[0] in _CUDA
     except Exception:  # whatever a stranger's array raises when it is asked where it lies
         return False
+
+
+def _is_tensor(value: Any) -> bool:
+    torch: Any = sys.modules.get("torch")
+    return torch is not None and isinstance(value, getattr(torch, "Tensor", ()))
 
 
 def place(value: Any) -> str:
@@ -78,8 +82,7 @@ def window(label: str, value: Any, written: bool) -> Window:
     """``value``, an array on a GPU, as a window."""
     if isinstance(value, Window):
         return value
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(value, getattr(torch, "Tensor", ())):
+    if _is_tensor(value):
         from fastgd import tensors
 
         tensors.check_dense(label, value)
@@ -101,7 +104,10 @@ def window(label: str, value: Any, written: bool) -> Window:
     dtype = getattr(dtype, "name", seen["typestr"]) if seen["typestr"][1] == "V" else seen["typestr"]
     device = getattr(getattr(value, "device", None), "id", None)
     if device is None:
-        device = import_module("fastgd._cuda").device_of(address)
+        try:
+            device = import_module("fastgd._cuda").device_of(address)
+        except ImportError:  # whoever asked is about to be told
+            device = 0
     return _window(value, address, seen["shape"], seen.get("strides"), dtype, read_only, device)
 
 
@@ -113,7 +119,7 @@ def _window(owner: Any, address: int, shape: Any, strides: Any, dtype: str, read
     size = np.dtype(scalar).itemsize
     interface = {"version": 3, "shape": tuple(shape), "strides": strides, "data": (address or size, read_only)}
     memory = type("Memory", (), {"__array_interface__": {**interface, "typestr": f"|V{size}"}, "owner": owner})()
-    seen = np.asarray(memory).view(np.dtype(scalar)).view(Window)
+    seen: Window = np.asarray(memory).view(np.dtype(scalar)).view(Window)
     seen.owner, seen.place = owner, f"cuda:{device}"
     return seen
 
@@ -181,9 +187,8 @@ def copied_like(seen: Any, value: Any) -> Any:
 def _library(seen: Window) -> Any:
     """The library of a window's array, which can make more of them: torch or CuPy."""
     name = type(seen.owner).__module__.partition(".")[0]
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(seen.owner, torch.Tensor):
-        return torch
+    if _is_tensor(seen.owner):
+        return sys.modules["torch"]
     if name != "cupy":
         raise TypeError(
             f"params: expected arrays of CuPy or torch for a class, which makes states, got {name}; "
@@ -196,10 +201,10 @@ def stream_for(seen: Any, stream: int | None) -> int | None:
     """The stream that was named, else the one that is current for the array of a window."""
     if stream is not None or not isinstance(seen, Window):
         return stream
-    torch, cupy = (sys.modules.get(name) for name in ("torch", "cupy"))
     index = int(seen.place.removeprefix("cuda:"))
-    if torch is not None and isinstance(seen.owner, torch.Tensor):
-        return int(torch.cuda.current_stream(index).cuda_stream)
+    if _is_tensor(seen.owner):
+        return int(sys.modules["torch"].cuda.current_stream(index).cuda_stream)
+    cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(seen.owner, cupy.ndarray):
         with cupy.cuda.Device(index):
             return int(cupy.cuda.get_current_stream().ptr)

@@ -55,16 +55,16 @@ class Optimizer:
         self._state: list[dict[str, Array]] = []
         if isinstance(params, (list, tuple, Mapping)) and not len(params):
             raise ValueError(f"params: expected at least one array, got {arrays.described(params)}")
-        grouped = isinstance(params, (list, tuple)) and isinstance(params[0], Mapping)
-        self._module = devices.engine_of(params[0].get("params") if grouped else params, self._engine)
+        groups: Any = params if isinstance(params, (list, tuple)) and isinstance(params[0], Mapping) else None
+        self._module = devices.engine_of(groups[0].get("params") if groups else params, self._engine)
         self._on_gpu = self._module is not self._engine
         self._capturable = bool(capturable)
         if self._capturable and not self._on_gpu:
             raise ValueError("capturable: expected parameters on a GPU, got some in the host's memory; leave it out")
         self._prepared = self._module.Prepared(self._rule, False, self._capturable)
 
-        if grouped:
-            for group in params:
+        if groups:
+            for group in groups:
                 self.add_param_group(group)
         else:
             self._add_group({"params": params}, "params")
