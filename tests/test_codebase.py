@@ -14,7 +14,7 @@ import fastgd
 from fastgd import optimizers, stats, steps
 
 ROOT = Path(__file__).parents[1]
-CPP = sorted(str(p) for p in (ROOT / "csrc").rglob("*.?pp"))
+CPP = sorted(str(p) for kind in ("csrc/**/*.?pp", "csrc/**/*.cu", "tests/cuda/*.c*") for p in ROOT.glob(kind))
 CLANG_FORMAT = "from clang_format import clang_format; clang_format()"
 
 TOOLS = {

@@ -668,9 +668,9 @@ class RMSprop(Optimizer):
         momentum: float = 0.0,
         centered: bool = False,
         *,
+        capturable: bool = False,
         maximize: bool = False,
         state_dtype: Any = None,
-        capturable: bool = False,
     ) -> None:
         defaults = dict(
             lr=lr,
