@@ -367,7 +367,7 @@ template <class Each> FASTGD_FN void add_jobs(const Launch& l, Each each) {
 
 // What a call tells, at its end; and the verdict is as it was before.
 FASTGD_FN void conclude(const Launch& l) {
-    Verdict& v = *l.verdict;
+    volatile Verdict& v = *l.verdict;  // others have just written it
     if (l.result) {
         l.result->clip_factor = v.skipped || !l.clip ? 1 : v.clip_factor;
         l.result->nonfinite = int64_t(v.nonfinite);
@@ -505,7 +505,7 @@ template <class Each> FASTGD_FN void read_body(const Launch& l, const Place& pla
     if (l.sum[of_grads]) add_jobs(l, each);
     each([&](int thread) {
         if (thread != 0) return;
-        Verdict& v = *l.verdict;
+        volatile Verdict& v = *l.verdict;
         v.done = 0;
         if (!l.last) return;
         if (l.clip) v.clip_factor = clip_factor(l.max_norm, add(l.totals, l.call_jobs));

@@ -23,7 +23,8 @@ FASTGD_FN double take(double (&lane)[lanes]) {
     return sum;
 }
 
-FASTGD_FN double add(const double* x, int64_t n) {
+// In order. volatile: on a GPU others may just have written them, and a cache would not know.
+FASTGD_FN double add(const volatile double* x, int64_t n) {
     double sum = 0;
     for (int64_t i = 0; i < n; ++i) sum += x[i];
     return sum;
