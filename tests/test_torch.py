@@ -823,7 +823,7 @@ def test_everything_at_once(case, way):
         if t == 2:
             assert (everything(opt), opt.ema_updates) == (before[0], updates)
             assert all(torch.equal(x, y) for x, y in zip(averages + targets, before[1], strict=True))
-            assert not any(moved[: -len(params)])
+            assert way == "gpu" or not any(moved[: -len(params)])  # counted before anyone knows
             assert not any(p.grad.any() for p in params), "else every step to come is skipped, too"
             continue
         assert {m for m, x in zip(moved, written, strict=True) if x.numel()} == {1}

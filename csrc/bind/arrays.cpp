@@ -8,7 +8,7 @@
 #include <cstring>
 #include <mutex>
 
-#include "dlpack.hpp"
+#include "backend.hpp"
 
 namespace py = pybind11;
 
@@ -43,7 +43,7 @@ bool dtype_of(PyObject* descr, Dtype& dtype) {
 struct Learned {
     PyTypeObject* type;
     PyObject* lazy;
-    int (*read)(void* object, dlpack::Tensor* out);
+    const dlpack::ExchangeApi* api;
 };
 constexpr int most_learned = 16;
 Learned learned_types[most_learned];  // only ever grows
@@ -69,11 +69,12 @@ bool dtype_of(const dlpack::DataType& type, Dtype& dtype) {
 bool read_tensor(PyObject* array, const Learned& type, View& view, bool settled) {
     static_assert(sizeof(Py_ssize_t) == sizeof(int64_t));
     dlpack::Tensor t;
-    if (type.read(array, &t) != 0) {
+    if (type.api->dltensor_from_py_object_no_sync(array, &t) != 0) {
         PyErr_Clear();
         return false;
     }
-    if (t.device.type != dlpack::cpu && t.device.type != dlpack::cuda_host) return false;
+    if (!holds(t.device.type)) return false;
+    view.device = t.device.id;
     if (!dtype_of(t.dtype, view.dtype) || t.ndim > max_ndim || (t.ndim && !t.strides)) return false;
     view.data = static_cast<char*>(t.data) + t.byte_offset;
     view.ndim = t.ndim;
@@ -140,6 +141,8 @@ bool read(PyObject* array, View& view, bool any_subclass, bool settled) {
     if (Py_TYPE(array) != ndarray) {
         if (const Learned* type = learned(Py_TYPE(array))) return read_tensor(array, *type, view, settled);
         if (!any_subclass || !PyObject_TypeCheck(array, ndarray)) return false;
+    } else if (!holds_ndarrays()) {
+        return false;
     }
     const auto* a = py::detail::array_proxy(array);
     view.data = a->data;
@@ -148,6 +151,7 @@ bool read(PyObject* array, View& view, bool any_subclass, bool settled) {
     view.strides = a->strides;
     view.stride_unit = 1;
     view.foreign = false;
+    view.device = unknown_device;
     view.writeable = a->flags & py::detail::npy_api::NPY_ARRAY_WRITEABLE_;
     view.c_order = a->flags & py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_;
     view.f_order = a->flags & py::detail::npy_api::NPY_ARRAY_F_CONTIGUOUS_;
@@ -167,10 +171,18 @@ bool learn(py::type type, py::str lazy) {
     std::lock_guard<std::mutex> hold(growing);
     const int count = learned_count.load();
     if (count == most_learned || learned(t)) return count < most_learned;
-    learned_types[count] = {t, lazy.inc_ref().ptr(), api->dltensor_from_py_object_no_sync};
+    learned_types[count] = {t, lazy.inc_ref().ptr(), api};
     type.inc_ref();
     learned_count.store(count + 1, std::memory_order_release);
     return true;
+}
+
+std::optional<uintptr_t> current_stream(const View& view) {
+    const Learned* type = learned(Py_TYPE(view.object));
+    void* stream;
+    if (!type || !type->api->current_work_stream) return std::nullopt;
+    if (type->api->current_work_stream(dlpack::cuda, view.device, &stream) != 0) throw py::error_already_set();
+    return reinterpret_cast<uintptr_t>(stream);
 }
 
 void Touched::call(py::function written) { Py_XDECREF(written_call.exchange(written.release().ptr())); }

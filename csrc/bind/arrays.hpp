@@ -3,9 +3,13 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <optional>
+
 #include "../cpu/pass.hpp"
 
 namespace fastgd {
+
+constexpr int unknown_device = -1;
 
 // An array as its owner describes it. shape and strides belong to the array object.
 struct View {
@@ -18,9 +22,14 @@ struct View {
     Dtype dtype;
     bool writeable, c_order, f_order;
     bool foreign;  // not NumPy's: its owner is told what was written
+    int device;    // of the tensor; unknown_device for ndarrays
 
     int64_t stride(int d) const { return strides[d] * stride_unit; }
     int64_t size() const;
+    // Whether two arrays are known to lie on different devices.
+    bool apart(const View& other) const {
+        return device != other.device && device != unknown_device && other.device != unknown_device;
+    }
 };
 
 // Reads a numpy.ndarray, or a tensor of a type that was learned; with `any_subclass` (Python has looked at it) also an
@@ -30,6 +39,9 @@ bool read(PyObject* array, View& view, bool any_subclass, bool settled = false);
 // Makes `read` take tensors of exactly this type through its DLPack exchange API; false where it has none that fits.
 // `lazy` names a method that tells whether a tensor's memory does not hold its values yet, as torch's negative views.
 bool learn(pybind11::type type, pybind11::str lazy);
+
+// The stream of a GPU that is current for the tensors of this type; none where its library does not tell.
+std::optional<uintptr_t> current_stream(const View& view);
 
 // Arrays that were written, whose owners want to know: torch counts a tensor's versions.
 class Touched {

@@ -29,16 +29,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     m.def("get_num_threads", &get_num_threads);
     m.def("set_num_threads", &set_num_threads, py::arg("n"));
 
-    py::dict rules;
-    for (const Rule& rule : registry()) {
-        py::dict entry;
-        entry["flags"] = py::tuple(py::cast(rule.flags));
-        entry["coefficients"] = rule.coefficients;
-        entry["states"] = py::tuple(py::cast(std::vector<int>(rule.states, rule.states + (1 << rule.flags.size()))));
-        rules[rule.name] = entry;
-    }
-    m.attr("RULES") = rules;
-
+    register_rules(m);
     m.def("learn", &learn, py::arg("type"), py::arg("lazy"));
     m.def("call_with_written", &Touched::call, py::arg("written"));
     register_step(m);

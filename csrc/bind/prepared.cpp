@@ -9,6 +9,7 @@
 
 #include "../cpu/pool.hpp"
 #include "arrays.hpp"
+#include "backend.hpp"
 #include "collected.hpp"
 #include "registry.hpp"
 #include "step.hpp"
@@ -20,10 +21,12 @@ namespace {
 
 class Prepared {
   public:
-    Prepared(py::handle name, bool steady) : id(find_rule(name)), steady(steady) {}
+    Prepared(py::handle name, bool steady, bool capturable)
+        : id(find_rule(name)), steady(steady), capturable(capturable) {}
 
     void add(int group, py::handle params) {
         Exclusive alone(*this);
+        settle();
         const Items items(params);
         View view;
         for (Py_ssize_t i = 0; i < items.size(); ++i)
@@ -45,20 +48,31 @@ class Prepared {
         if (!flat(g) || (ask.ema && !flat(*extras.ema)) || (ask.copies && !flat(*extras.copies))) return refused;
 
         std::map<std::pair<int, int64_t>, Row> rows;  // nodes stay where they are: jobs point to them
-        auto last = rows.end();
         std::vector<const Row*> row_of;
         row_of.reserve(entries.size());
-        auto ask_row = [&](size_t i) {
-            if (entries[i].steps == std::numeric_limits<int64_t>::max())
-                throw py::value_error("step: expected a count below 2**63 - 1, which a parameter has reached");
-            const std::pair<int, int64_t> key{entries[i].group, entries[i].steps + 1};
-            if (last == rows.end() || last->first != key) last = rows.find(key);
-            if (last == rows.end()) last = rows.emplace(key, read_row(id, coefficients(key.first, key.second))).first;
-            row_of.push_back(&last->second);
+        auto find_rows = [&](const std::vector<size_t>& indices, bool counted) {
+            auto last = rows.end();
+            for (size_t i : indices) {
+                if (entries[i].steps == std::numeric_limits<int64_t>::max())
+                    throw py::value_error("step: expected a count below 2**63 - 1, which a parameter has reached");
+                const std::pair<int, int64_t> key{entries[i].group, counted ? 0 : entries[i].steps + 1};
+                if (last == rows.end() || last->first != key) last = rows.find(key);
+                if (last == rows.end()) {
+                    const py::object row = coefficients(key.first, key.second);
+                    if (row.is_none()) return false;
+                    last = rows.emplace(key, read_row(id, row, counted)).first;
+                }
+                row_of.push_back(&last->second);
+            }
+            return true;
         };
-        if (steady)  // what is read below then need not be read twice
+        const bool asked = steady && !capturable && !tally;
+        if (asked) {  // what is read below then need not be read twice
+            std::vector<size_t> indices;
             for (size_t i = 0; i < entries.size(); ++i)
-                if (g[i] != Py_None) ask_row(i);
+                if (g[i] != Py_None) indices.push_back(i);
+            find_rows(indices, false);
+        }
 
         // The gradients first: nobody is asked for states, or a schedule, as long as one may be refused.
         stepping.clear();
@@ -98,8 +112,20 @@ class Prepared {
         }
         if (!checked && meet(spans, ask.zero_grads)) return refused;
 
-        if (!steady)
-            for (const Stepping& s : stepping) ask_row(s.index);
+        if (capturable && !tally && !stepping.empty()) {
+            std::lock_guard<std::mutex> hold(counting);
+            tally = tally_for(extras, known_steps(), stepping[0].param);
+        }
+        if (!asked) {
+            std::vector<size_t> indices;
+            for (const Stepping& s : stepping) indices.push_back(s.index);
+            if (!tally || !find_rows(indices, true)) {  // a rate that is a function of the step needs to know the step
+                settle();
+                rows.clear();
+                row_of.clear();
+                find_rows(indices, false);
+            }
+        }
         bool renewing = false;
         for (size_t k = 0; k < stepping.size(); ++k)
             renewing = renewing || entries[stepping[k].index].variant != row_of[k]->variant;
@@ -126,7 +152,7 @@ class Prepared {
             const Entry& entry = entries[s.index];
             View views[max_operands] = {s.param, s.grad};
             int operands = 2;
-            if ((renewing || !steady) &&
+            if ((renewing || !asked) &&
                 (!read(entry.param.ptr(), views[0], true) || !read(g[s.index], views[1], checked) ||
                  !fits(views[0], views[1], checked, ask.zero_grads) || !(span(views[0], true) == s.param_span) ||
                  !(span(views[1], ask.zero_grads) == s.grad_span)))
@@ -135,6 +161,8 @@ class Prepared {
                 if (!fits_param(state, views[0], views[operands++])) return refused;
             const int states_end = operands;
             if (!extras.read(s.index, views[0], views, operands, checked)) return refused;
+            for (int k = 0; k < operands; ++k)
+                if (views[k].apart(stepping[0].param)) return refused;
             if (entry.count && !counts.emplace_back().read(entry.count, entry.steps)) return refused;
             Job& job = jobs.emplace_back();
             job.ema = extras.has_ema(s.index);
@@ -149,10 +177,20 @@ class Prepared {
             describe(jobs.emplace_back(), id, nullptr, pair.data(), 2, ask, storage);
             touched.add(pair[1]);
         }
+        Call call{jobs, index, g.size(), nullptr, extras.arrays(), nullptr};
+        if (!stepping.empty()) {
+            call.first = &stepping[0].param;
+            std::lock_guard<std::mutex> hold(counting);
+            if (!tally && defers(extras)) tally = tally_for(extras, known_steps(), *call.first);
+        } else if (!averages.empty()) {
+            call.first = &averages[0][0];
+        }
+        call.tally = tally.get();
+        call.arrays.push_back(g.arrays());
         bool skipped;
-        py::object result = run_jobs(jobs, extras, index, g.size(), skipped);
+        py::object result = run_jobs(call, extras, skipped);
         if (!skipped) {
-            {
+            if (!tally) {
                 std::lock_guard<std::mutex> hold(counting);
                 for (Py_ssize_t i : index) ++entries[i].steps;
             }
@@ -164,9 +202,7 @@ class Prepared {
 
     std::vector<int64_t> steps() const {
         std::lock_guard<std::mutex> hold(counting);
-        std::vector<int64_t> all;
-        for (const Entry& entry : entries) all.push_back(entry.steps);
-        return all;
+        return tally ? tally->read() : known_steps();
     }
 
     // Takes new step counts and forgets all states: Python is asked for them again.
@@ -174,6 +210,7 @@ class Prepared {
         Exclusive alone(*this);
         if (steps.size() != entries.size()) throw py::value_error("steps: expected one a parameter");
         std::lock_guard<std::mutex> hold(counting);
+        tally.reset();
         for (size_t i = 0; i < entries.size(); ++i) {
             entries[i].steps = steps[i];
             entries[i].states.clear();
@@ -245,6 +282,21 @@ class Prepared {
         std::atomic<uint64_t>& busy;
     };
 
+    std::vector<int64_t> known_steps() const {
+        std::vector<int64_t> all;
+        for (const Entry& entry : entries) all.push_back(entry.steps);
+        return all;
+    }
+
+    // Fetches the counts, where a device has them.
+    void settle() {
+        std::lock_guard<std::mutex> hold(counting);
+        if (!tally) return;
+        const std::vector<int64_t> steps = tally->read();
+        for (size_t i = 0; i < entries.size(); ++i) entries[i].steps = steps[i];
+        tally.reset();
+    }
+
     // Whether a parameter can be stepped with this gradient, which is written too if `zeroed`.
     static bool fits(const View& param, const View& grad, bool checked, bool zeroed) {
         if (!param.writeable || !same_shape(param, grad) || (zeroed && !grad.writeable)) return false;
@@ -315,8 +367,10 @@ class Prepared {
     }
 
     const RuleId id;
-    const bool steady;  // coefficients are plain numbers, to be had before anything is read
+    const bool steady;      // coefficients are plain numbers, to be had before anything is read
+    const bool capturable;  // a captured step counts each time that it is replayed
     std::vector<Entry> entries;
+    std::unique_ptr<Tally> tally;  // the steps of each entry, once they are not known here
     std::vector<Span> written;
     // Of one step; kept, for hundreds of jobs are more than malloc keeps.
     std::vector<Stepping> stepping;
@@ -333,7 +387,8 @@ class Prepared {
 
 void register_prepared(py::module_& m) {
     py::class_<Prepared>(m, "Prepared", collected<Prepared>())
-        .def(py::init<py::handle, bool>(), py::arg("rule"), py::arg("steady") = false)
+        .def(py::init<py::handle, bool, bool>(), py::arg("rule"), py::arg("steady") = false,
+             py::arg("capturable") = false)
         .def("add", &Prepared::add, py::arg("group"), py::arg("params"))
         .def("step", &Prepared::step, py::arg("grads"), py::arg("coefficients"), py::arg("initialise"),
              py::arg("checked"), py::arg("one_pass") = py::none())

@@ -5,6 +5,7 @@
 #include <limits>
 #include <tuple>
 
+#include "backend.hpp"
 #include "registry.hpp"
 
 namespace py = pybind11;
@@ -34,9 +35,9 @@ bool Items::alike(const Items& other) const {
 
 Extras::Extras(py::handle tuple) {
     if (tuple.is_none()) return;
-    auto [grad_scale, max_norm, skip_nonfinite, ema_, ema_weight, copies_, zero_grads, stats, tracked_, reduce_] =
-        py::cast<std::tuple<double, std::optional<double>, bool, py::object, double, py::object, bool, bool, py::object,
-                            py::object>>(tuple);
+    auto [grad_scale, max_norm, skip_nonfinite, ema_, ema_weight, copies_, zero_grads, stats, tracked_, reduce_,
+          stream_] = py::cast<std::tuple<double, std::optional<double>, bool, py::object, double, py::object, bool,
+                                         bool, py::object, py::object, std::optional<uintptr_t>>>(tuple);
     ask = {grad_scale, max_norm.has_value(), max_norm.value_or(0), skip_nonfinite, !ema_.is_none(),
            ema_weight, !copies_.is_none(),   zero_grads,           stats};
     if (ask.ema) ema.emplace(ema_);
@@ -48,6 +49,15 @@ Extras::Extras(py::handle tuple) {
             throw py::value_error("tracked: expected as many averages");
     }
     if (!reduce_.is_none()) reduce = reduce_;
+    stream = stream_;
+}
+
+std::vector<py::object> Extras::arrays() const {
+    std::vector<py::object> all;
+    for (const std::optional<Items>* items : {&ema, &copies})
+        if (*items) all.push_back((*items)->arrays());
+    if (tracked) all.insert(all.end(), {tracked->first.arrays(), tracked->second.arrays()});
+    return all;
 }
 
 bool Extras::read(Py_ssize_t i, const View& param, View* views, int& operands, bool checked) const {
@@ -61,36 +71,32 @@ bool Extras::read(Py_ssize_t i, const View& param, View* views, int& operands, b
     return true;
 }
 
-py::object run_jobs(const std::vector<Job>& jobs, const Extras& extras, const std::vector<Py_ssize_t>& index,
-                    Py_ssize_t params, bool& skipped) {
+namespace {
+
+std::vector<double> by_param(const std::vector<double>& by_job, const std::vector<Py_ssize_t>& index, Py_ssize_t params,
+                             double absent, double otherwise) {
+    std::vector<double> all(params, absent);
+    for (size_t k = 0; k < index.size(); ++k) all[index[k]] = by_job.empty() ? otherwise : by_job[k];
+    return all;
+}
+
+}  // namespace
+
+Reduce reduce_of(const Call& call, const Extras& extras) {
+    if (!extras.reduce) return nullptr;
+    return [&](const std::vector<double>& grads, int64_t nonfinite) {
+        py::gil_scoped_acquire hold;
+        return py::cast<std::pair<double, int64_t>>(
+            extras.reduce(by_param(grads, call.index, call.params, 0, 0), nonfinite));
+    };
+}
+
+py::object told(const Outcome& outcome, const std::vector<Py_ssize_t>& index, Py_ssize_t params, bool stats) {
     constexpr double nan = std::numeric_limits<double>::quiet_NaN();
-    const OnePass& ask = extras.ask;
-    auto by_param = [&](const std::vector<double>& by_job, double absent, double otherwise) {
-        std::vector<double> all(params, absent);
-        for (size_t k = 0; k < index.size(); ++k) all[index[k]] = by_job.empty() ? otherwise : by_job[k];
-        return all;
-    };
-    Reduce reduce;
-    if (extras.reduce)
-        reduce = [&](const std::vector<double>& grads, int64_t nonfinite) {
-            py::gil_scoped_acquire hold;
-            return py::cast<std::pair<double, int64_t>>(extras.reduce(by_param(grads, 0, 0), nonfinite));
-        };
-    int64_t n = 0;
-    for (const Job& job : jobs) n += job.n;
-    Outcome outcome;
-    if (n <= short_work) {
-        outcome = run(jobs, ask, reduce);
-    } else {
-        py::gil_scoped_release release;
-        outcome = run(jobs, ask, reduce);
-    }
-    skipped = outcome.skipped;
-    if (!ask.stats && !ask.skip_nonfinite) return py::bool_(true);
     auto told = [&](const std::vector<double>& by_job, double otherwise) {
-        return ask.stats ? by_param(by_job, nan, otherwise) : std::vector<double>();
+        return stats ? by_param(by_job, index, params, nan, otherwise) : std::vector<double>();
     };
-    return py::make_tuple(skipped, outcome.nonfinite, outcome.clip_factor, told(outcome.grads, nan),
+    return py::make_tuple(outcome.skipped, outcome.nonfinite, outcome.clip_factor, told(outcome.grads, nan),
                           told(outcome.updates, 0), told(outcome.params, nan));
 }
 
@@ -119,6 +125,7 @@ py::object step(py::handle name, py::handle rows, py::handle row_of, py::handle 
 
     std::vector<Job> jobs;
     std::vector<Py_ssize_t> index;
+    std::optional<View> first;
     Storage storage;
     std::vector<Span> spans;
     Touched touched;
@@ -133,11 +140,12 @@ py::object step(py::handle name, py::handle rows, py::handle row_of, py::handle 
             if (!read(k == 0 ? p[i] : k == 1 ? g[i] : state[k - 2][i], views[k], checked)) return refused;
             if (!same_shape(views[k], views[0])) return refused;
         }
+        if (!first) first = views[0];
         if (!extras.read(i, views[0], views, operands, checked)) return refused;
         for (int k = 0; k < operands; ++k) {
             if (k == 1 && skip) continue;
             const bool written = k != 1 || extras.ask.zero_grads;
-            if (written && !views[k].writeable) return refused;
+            if ((written && !views[k].writeable) || views[k].apart(*first)) return refused;
             if (written && !skip) touched.add(views[k]);
             if (checked) continue;
             if (written && !injective(views[k])) return refused;
@@ -154,8 +162,11 @@ py::object step(py::handle name, py::handle rows, py::handle row_of, py::handle 
         index.push_back(i);
     }
     if (!checked && !disjoint(spans)) return refused;
+    Call call{jobs, index, p.size(), first ? &*first : nullptr, extras.arrays(), nullptr};
+    for (const Items* items : {&p, &g}) call.arrays.push_back(items->arrays());
+    for (const Items& items : state) call.arrays.push_back(items.arrays());
     bool skipped;
-    const py::object result = run_jobs(jobs, extras, index, p.size(), skipped);
+    const py::object result = run_jobs(call, extras, skipped);
     if (!skipped) touched.tell();
     return result;
 }

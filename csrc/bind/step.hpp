@@ -21,6 +21,7 @@ class Items {
     bool alike(const Items& other) const;
     bool named() const { return bool(keys); }
     Py_ssize_t size() const { return many ? PyTuple_GET_SIZE(held.ptr()) : 1; }
+    pybind11::object arrays() const { return held; }
     PyObject* operator[](Py_ssize_t i) const { return many ? PyTuple_GET_ITEM(held.ptr(), i) : held.ptr(); }
 
   private:
@@ -33,6 +34,7 @@ struct Extras {
     explicit Extras(pybind11::handle tuple);
     // Reads parameter i's average and copy behind its other views. False where they do not fit it.
     bool read(Py_ssize_t i, const View& param, View* views, int& operands, bool checked) const;
+    std::vector<pybind11::object> arrays() const;
     bool has_ema(Py_ssize_t i) const { return ema && (!partial() || (*ema)[i] != Py_None); }
     // Whether some parameters may have no average, and other tensors may have one.
     bool partial() const { return tracked.has_value(); }
@@ -40,13 +42,8 @@ struct Extras {
     OnePass ask;
     std::optional<Items> ema, copies;
     std::optional<std::pair<Items, Items>> tracked;  // tensors that are not stepped, and their averages
-    pybind11::object reduce;                         // None: the call has the whole model
+    pybind11::object reduce;                         // none: the call has the whole model
+    std::optional<uintptr_t> stream;                 // of a device; none: the one that is current for the arrays
 };
-
-// Runs the jobs, without the GIL where that takes long enough to matter. Returns what Python is to know: True, or with
-// stats or skip_nonfinite a tuple; `index` has the parameter of each job, out of `params`, except of the last jobs,
-// which are averages alone.
-pybind11::object run_jobs(const std::vector<Job>& jobs, const Extras& extras, const std::vector<Py_ssize_t>& index,
-                          Py_ssize_t params, bool& skipped);
 
 }  // namespace fastgd

@@ -23,6 +23,11 @@ struct Row {
     int variant;
     double sign;  // -1 maximizes
     double coefficients[max_coefficients];
+    // For a device that counts the steps itself: the coefficients are hyperparameters, lr first
+    // (cuda/coefficients.hpp), or elsewhere on the device.
+    bool counted = false;
+    const void* lr = nullptr;
+    Dtype lr_dtype = Dtype::float64;
 };
 
 // n elements in the compute type: p and states in place.

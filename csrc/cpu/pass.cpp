@@ -257,7 +257,8 @@ void run_parts(Call& call, bool reading) {
 std::vector<double> by_job(const Call& call, const std::vector<double>& blocks) {
     std::vector<double> sums(call.jobs.size(), 0.0);
     for (size_t i = 0; i < sums.size(); ++i)
-        for (int64_t b = call.first_block[i]; b < call.first_block[i + 1]; ++b) sums[i] += blocks[b];
+        for (int64_t b = call.first_block[i], end = call.first_block[i + 1]; b < end; b += group)
+            sums[i] += add(&blocks[b], std::min(group, end - b));
     return sums;
 }
 
@@ -289,10 +290,7 @@ Outcome run(const std::vector<Job>& jobs, const OnePass& ask, const Reduce& redu
         double total = 0;
         for (double sum : outcome.grads) total += sum;
         if (reduce) std::tie(total, call.nonfinite) = reduce(outcome.grads, call.nonfinite);
-        if (ask.clip) {
-            const double factor = ask.max_norm / (std::sqrt(total) + 1e-6);
-            call.clip_factor = factor > 1 ? 1 : factor;  // NaN stays
-        }
+        if (ask.clip) call.clip_factor = clip_factor(ask.max_norm, total);
         outcome.skipped = ask.skip_nonfinite && call.nonfinite > 0;
     }
     if (!outcome.skipped) {

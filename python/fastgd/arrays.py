@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fastgd import tensors
+from fastgd import devices, tensors
 
 Array: TypeAlias = npt.NDArray[Any]
 Arrays: TypeAlias = Array | Sequence[Array] | Mapping[Any, Array]
@@ -25,7 +25,6 @@ COPY_DTYPES = DTYPES[1:]
 
 # Types of other libraries that are no arrays: what to do instead, by the first name of the module that defines them.
 _ELSEWHERE = {
-    "cupy": "this build of fastgd has no CUDA; step a host copy, x.get()",
     "pandas": "pass .to_numpy()",
 }
 
@@ -98,6 +97,7 @@ def check(
     ema: Any = None,
     copies: Any = None,
     zero_grads: bool = False,
+    on_gpu: bool = False,
 ) -> Checked:
     """Check the arrays of one step, or raise naming the argument and index.
 
@@ -109,10 +109,12 @@ def check(
         As the caller gave them, in any form.
     zero_grads : bool
         Whether the gradients are written.
+    on_gpu : bool
+        Whether the arrays are to lie on a GPU, that of the first parameter.
     """
     form = Form(params)
     labels = form.labels("params")
-    flat_params = check_params(labels, form.flatten("params", params))
+    flat_params = check_params(labels, form.flatten("params", params), None if on_gpu else devices.HOST)
     written = list(zip(labels, flat_params, strict=True))
     labels = form.labels("grads")
     flat_grads = check_grads(labels, flat_params, form.flatten("grads", grads), zero_grads)
@@ -135,22 +137,39 @@ def check(
     return Checked(flat_params, flat_grads, tuple(flat_states), flat_ema, flat_copies)
 
 
-def check_array(label: str, value: Any, dtypes: Sequence[str] = DTYPES, written: bool = False) -> Array:
-    """``value`` as a plain ndarray over the same memory, or an error where it is no array or has another dtype."""
-    if not isinstance(value, np.ndarray):
+def check_array(
+    label: str, value: Any, dtypes: Sequence[str] = DTYPES, written: bool = False, place: str | None = devices.HOST
+) -> Array:
+    """``value`` as a plain ndarray over the same memory, or an error where it is no array or has another dtype.
+
+    ``place`` is where it must lie, None for anywhere; of an array on a GPU the result is a window.
+    """
+    if devices.is_on_gpu(value):
+        value = devices.window(label, value, written)
+    elif not isinstance(value, np.ndarray):
         given, value = value, tensors.ndarray(label, value, written)
         if value is None:
             raise TypeError(f"{label}: expected a NumPy array or a tensor, got {described(given)}{_advice(given)}")
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{label}: expected a plain array, got a masked array; fill it first, a.filled(0)")
-    a = np.asarray(value)  # what a subclass says of itself does not count
+    a = value if isinstance(value, devices.Window) else np.asarray(value)  # what a subclass says does not count
     check_dtype(label, a.dtype, dtypes)
+    if place is not None and devices.place(a) != place:
+        raise TypeError(
+            f"{label}: expected an array in the memory of {place}, got one in that of {devices.place(a)}; "
+            "all arrays of a call lie on one device: move it there"
+        )
     return a
 
 
-def check_params(labels: Sequence[str], params: Sequence[Any]) -> list[Array]:
-    """Check that each parameter is an array that can be stepped in place; overlaps are left to check_memory."""
-    return [_writable(label, p) for label, p in zip(labels, params, strict=True)]
+def check_params(labels: Sequence[str], params: Sequence[Any], place: str | None = devices.HOST) -> list[Array]:
+    """Check that each parameter is an array that can be stepped in place; overlaps are left to check_memory.
+
+    ``place`` is where all must lie, None for where the first does.
+    """
+    if place is None and params:
+        place = devices.place(check_array(labels[0], params[0], place=None))
+    return [_writable(label, p, place=place) for label, p in zip(labels, params, strict=True)]
 
 
 def check_grads(
@@ -159,7 +178,7 @@ def check_grads(
     """Check that each gradient is None or an array of its parameter's shape; to be zeroed, one that can be written."""
     check = _writable if zero else check_array
     return [
-        None if g is None else _shaped(label, p, check(label, g))
+        None if g is None else _shaped(label, p, check(label, g, place=devices.place(p)))
         for label, p, g in zip(labels, params, grads, strict=True)
     ]
 
@@ -168,21 +187,21 @@ def check_state(label: str, param: Array, state: Any) -> Array:
     """Check that a state is an array of its parameter's shape that can be written."""
     if state is None:
         raise ValueError(f"{label}: missing; pass an array of shape {param.shape}, zeros before the first step")
-    return _shaped(label, param, _writable(label, state))
+    return _shaped(label, param, _writable(label, state, place=devices.place(param)))
 
 
 def check_ema(label: str, param: Array, average: Any) -> Array:
     """Check that an average is an array of its parameter's shape that can be written."""
     if average is None:
         raise ValueError(f"{label}: missing; pass an array of shape {param.shape}, a copy of the parameter at first")
-    return _shaped(label, param, _writable(label, average))
+    return _shaped(label, param, _writable(label, average, place=devices.place(param)))
 
 
 def check_copy(label: str, param: Array, copy: Any) -> Array:
     """Check that a copy is an array of its parameter's shape, and of a dtype no wider, that can be written."""
     if copy is None:
         raise ValueError(f"{label}: missing; pass an array of shape {param.shape} to take the new parameter")
-    a = _shaped(label, param, _writable(label, copy, COPY_DTYPES))
+    a = _shaped(label, param, _writable(label, copy, COPY_DTYPES, devices.place(param)))
     if a.itemsize > param.itemsize:
         raise ValueError(
             f"{label}: expected a dtype no wider than its parameter's, {param.dtype}, got {a.dtype}; "
@@ -236,8 +255,8 @@ def check_dtype(label: str, dtype: np.dtype[Any], dtypes: Sequence[str] = DTYPES
         )
 
 
-def _writable(label: str, value: Any, dtypes: Sequence[str] = DTYPES) -> Array:
-    a = check_array(label, value, dtypes, written=True)
+def _writable(label: str, value: Any, dtypes: Sequence[str] = DTYPES, place: str | None = devices.HOST) -> Array:
+    a = check_array(label, value, dtypes, written=True, place=place)
     if not a.flags.writeable:
         raise ValueError(f"{label}: expected an array that can be written, got a read-only one; pass a copy of it")
     if _overlaps_itself(a):
@@ -310,6 +329,6 @@ def _form_error(name: str, value: Any, expected: str) -> Exception:
 
 
 def _overlap_error(label: str, a: Array, other_label: str, b: Array) -> ValueError:
-    if a is b:
+    if getattr(a, "owner", a) is getattr(b, "owner", b):
         return ValueError(f"{label}: expected memory of its own, got the same array as {other_label}; pass a copy")
     return ValueError(f"{label}: expected memory of its own, got an array that overlaps {other_label}; pass a copy")

@@ -1,7 +1,9 @@
 """Hyperparameters to coefficients: what a rule needs for one step, computed once, in float64, for every backend.
 
 One function a rule. Each checks its hyperparameters and returns a row ``(variant, sign, c0, c1, ...)``: the rule's
-compile-time flags as a bit mask, -1.0 to maximize, then the coefficients in the order of the rule's header.
+compile-time flags as a bit mask, -1.0 to maximize, then the coefficients in the order of the rule's header. For step 0
+it returns the hyperparameters in their place, lr first: a device that counts the steps makes coefficients of them
+(``csrc/cuda/coefficients.hpp``), with the same bits.
 
 These run at every step, so a float in range passes one inline comparison; all else goes through the functions at the
 end, which convert or raise.
@@ -38,6 +40,8 @@ def sgd(
                 f"got momentum={momentum!r} and dampening={dampening!r}"
             )
         variant |= 4
+    if step == 0:
+        return (variant, -1.0 if maximize else 1.0, lr, momentum, dampening, weight_decay)
     gain = 1.0 if step == 1 else 1.0 - dampening
     return (variant, -1.0 if maximize else 1.0, lr, momentum, gain, weight_decay)
 
@@ -46,12 +50,16 @@ def adam(step: int, lr: Any, betas: Any, eps: Any, weight_decay: Any, amsgrad: A
     """Row of adam."""
     lr, beta1, beta2, eps, weight_decay = _adam(lr, betas, eps, weight_decay)
     variant = (1 if weight_decay else 0) | (2 if amsgrad else 0)
+    if step == 0:
+        return (variant, -1.0 if maximize else 1.0, lr, beta1, beta2, eps, weight_decay)
     return (variant, -1.0 if maximize else 1.0, weight_decay, *_moments(step, lr, beta1, beta2), eps)
 
 
 def adamw(step: int, lr: Any, betas: Any, eps: Any, weight_decay: Any, amsgrad: Any, maximize: Any) -> Row:
     """Row of adamw."""
     lr, beta1, beta2, eps, weight_decay = _adam(lr, betas, eps, weight_decay)
+    if step == 0:
+        return (1 if amsgrad else 0, -1.0 if maximize else 1.0, lr, beta1, beta2, eps, weight_decay)
     shrink = 1.0 - lr * weight_decay
     return (1 if amsgrad else 0, -1.0 if maximize else 1.0, shrink, *_moments(step, lr, beta1, beta2), eps)
 
@@ -66,11 +74,15 @@ def adagrad(step: int, lr: Any, lr_decay: Any, weight_decay: Any, eps: Any, maxi
         weight_decay = non_negative("weight_decay", weight_decay)
     if type(eps) is not float or not 0.0 <= eps < inf:
         eps = non_negative("eps", eps)
+    if step == 0:
+        return (1 if weight_decay else 0, -1.0 if maximize else 1.0, lr, lr_decay, weight_decay, eps)
     rate = lr / (1.0 + (step - 1) * lr_decay)
     return (1 if weight_decay else 0, -1.0 if maximize else 1.0, rate, weight_decay, eps)
 
 
-def rmsprop(lr: Any, alpha: Any, eps: Any, weight_decay: Any, momentum: Any, centered: Any, maximize: Any) -> Row:
+def rmsprop(
+    lr: Any, alpha: Any, eps: Any, weight_decay: Any, momentum: Any, centered: Any, maximize: Any, step: int = 1
+) -> Row:
     """Row of rmsprop."""
     if type(lr) is not float or not 0.0 <= lr < inf:
         lr = non_negative("lr", lr)
@@ -83,16 +95,20 @@ def rmsprop(lr: Any, alpha: Any, eps: Any, weight_decay: Any, momentum: Any, cen
     if type(momentum) is not float or not 0.0 <= momentum < inf:
         momentum = non_negative("momentum", momentum)
     variant = (1 if weight_decay else 0) | (2 if centered else 0) | (4 if momentum else 0)
+    if step == 0:
+        return (variant, -1.0 if maximize else 1.0, lr, alpha, weight_decay, momentum, eps)
     return (variant, -1.0 if maximize else 1.0, lr, alpha, 1.0 - alpha, weight_decay, momentum, eps)
 
 
-def lion(lr: Any, betas: Any, weight_decay: Any, maximize: Any) -> Row:
+def lion(lr: Any, betas: Any, weight_decay: Any, maximize: Any, step: int = 1) -> Row:
     """Row of lion."""
     if type(lr) is not float or not 0.0 <= lr < inf:
         lr = non_negative("lr", lr)
     if type(weight_decay) is not float or not 0.0 <= weight_decay < inf:
         weight_decay = non_negative("weight_decay", weight_decay)
     beta1, beta2 = _betas(betas)
+    if step == 0:
+        return (0, -1.0 if maximize else 1.0, lr, beta1, beta2, weight_decay)
     return (0, -1.0 if maximize else 1.0, 1.0 - lr * weight_decay, lr, beta1, 1.0 - beta1, beta2, 1.0 - beta2)
 
 

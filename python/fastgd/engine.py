@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -40,15 +41,26 @@ def config() -> dict[str, Any]:
     -------
     dict
         ``version`` (str), ``isa`` (str, the instruction set in use; ``"reference"`` without the compiled module),
-        ``available_isas`` (list of str, in order of preference), ``num_threads`` (int), ``cuda`` (None: not built).
+        ``available_isas`` (list of str, in order of preference), ``num_threads`` (int), ``cuda`` (None: not built; else
+        a dict of ``devices`` and ``architectures``, lists of str, and of ``problem``, why there are no devices).
     """
     return {
         "version": __version__,
         "isa": active.isa(),
         "available_isas": list(active.available_isas()),
         "num_threads": active.get_num_threads(),
-        "cuda": None,
+        "cuda": _cuda(),
     }
+
+
+def _cuda() -> dict[str, Any] | None:
+    try:
+        module: Any = import_module("fastgd._cuda")
+    except ImportError:
+        return None
+    devices, problem = module.devices()
+    told = {"devices": devices, "architectures": module.architectures()}
+    return told if devices else {**told, "problem": problem}
 
 
 def get_num_threads() -> int:

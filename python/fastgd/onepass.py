@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from math import inf
 from typing import Any, NamedTuple, TypedDict
 
+from fastgd import devices
 from fastgd.arrays import Arrays
 from fastgd.coefficients import checked
 
@@ -34,6 +35,9 @@ class OnePass(TypedDict, total=False):
         Afterwards the gradients are zero.
     stats : bool, default False
         The call returns a `StepStats`.
+    stream : optional
+        For arrays on a GPU: the stream that takes the step, CuPy's, torch's or a number; by default the one that is
+        current for the arrays.
     """
 
     grad_scale: float
@@ -44,14 +48,15 @@ class OnePass(TypedDict, total=False):
     copies: Arrays | Sequence[Arrays] | None
     zero_grads: bool
     stats: bool
+    stream: Any
 
 
 class Ask(NamedTuple):
     """The same as an engine takes it; the defaults ask for nothing.
 
-    The last two are for `fastgd.torch`: with ``tracked``, tensors that are not stepped and their averages, an entry of
-    ``ema`` may be None and a parameter without gradient is averaged, too; ``reduce`` takes the sums of squares by
-    parameter and the count of what is not finite from a part of the model to the sum and count of the whole.
+    ``tracked`` and ``reduce`` are for `fastgd.torch`: with ``tracked``, tensors that are not stepped and their
+    averages, an entry of ``ema`` may be None and a parameter without gradient is averaged, too; ``reduce`` takes the
+    sums of squares by parameter and the count of what is not finite from a part of the model to those of the whole.
     """
 
     grad_scale: float = 1.0
@@ -64,9 +69,16 @@ class Ask(NamedTuple):
     stats: bool = False
     tracked: tuple[list[Any], list[Any]] | None = None
     reduce: Callable[[list[float], int], tuple[float, int]] | None = None
+    stream: int | None = None
 
 
 NOTHING = Ask()
+NO_STREAM = "stream: expected none for arrays in the host's memory; only those on a GPU are stepped in streams"
+
+
+def may_have_moved(result: Any) -> bool:
+    """Whether what an engine returned leaves it possible that arrays have changed; no GPU is waited for."""
+    return not isinstance(result, tuple) or not result[0]
 
 
 def read(caller: str, one_pass: OnePass) -> Ask:
@@ -92,4 +104,5 @@ def read(caller: str, one_pass: OnePass) -> Ask:
         one_pass.get("copies"),
         bool(one_pass.get("zero_grads", False)),
         bool(one_pass.get("stats", False)),
+        stream=devices.handle(one_pass.get("stream")),
     )

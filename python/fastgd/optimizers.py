@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 
-from fastgd import arrays, coefficients, engine, onepass, tensors
+from fastgd import arrays, coefficients, devices, engine, onepass, tensors
 from fastgd.arrays import Array, Arrays
 from fastgd.onepass import OnePass
 from fastgd.stats import StepStats
@@ -39,7 +39,7 @@ class Optimizer:
     _states: ClassVar[dict[str, str | None]]  # torch's key: the flag of the rule that calls for it, None for always
     _engine: ClassVar[Any] = engine.active
 
-    def __init__(self, params: Params, defaults: dict[str, Any], state_dtype: Any) -> None:
+    def __init__(self, params: Params, defaults: dict[str, Any], state_dtype: Any, capturable: bool) -> None:
         self.defaults = defaults
         self.param_groups: list[dict[str, Any]] = []
         self._state_dtype = None if state_dtype is None else np.dtype(state_dtype)
@@ -53,12 +53,18 @@ class Optimizer:
         self._names: Sequence[Hashable] = []  # what a StepStats calls them
         self._group_of: list[int] = []
         self._state: list[dict[str, Array]] = []
-        self._prepared = self._engine.Prepared(self._rule)
-
         if isinstance(params, (list, tuple, Mapping)) and not len(params):
             raise ValueError(f"params: expected at least one array, got {arrays.described(params)}")
-        if isinstance(params, (list, tuple)) and isinstance(params[0], Mapping):
-            for group in params:
+        groups: Any = params if isinstance(params, (list, tuple)) and isinstance(params[0], Mapping) else None
+        self._module = devices.engine_of(groups[0].get("params") if groups else params, self._engine)
+        self._on_gpu = self._module is not self._engine
+        self._capturable = bool(capturable)
+        if self._capturable and not self._on_gpu:
+            raise ValueError("capturable: expected parameters on a GPU, got some in the host's memory; leave it out")
+        self._prepared = self._module.Prepared(self._rule, False, self._capturable)
+
+        if groups:
+            for group in groups:
                 self.add_param_group(group)
         else:
             self._add_group({"params": params}, "params")
@@ -216,15 +222,17 @@ class Optimizer:
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state["_prepared"] = self._prepared.steps
+        del state["_module"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         given = [p for group in self.param_groups for p in group["params"]]
-        self._params = arrays.check_params(self._labels, given)
-        self._prepared = self._engine.Prepared(self._rule)
+        self._params = arrays.check_params(self._labels, given, None if self._on_gpu else devices.HOST)
+        self._module = devices.engine_of(given, self._engine)
+        self._prepared = self._module.Prepared(self._rule, False, self._capturable)
         for group, p in zip(self._group_of, self._params, strict=True):
-            self._prepared.add(group, [p])
+            self._prepared.add(group, [devices.readable(p)])
         self._prepared.load(state["_prepared"])
 
     @staticmethod
@@ -238,15 +246,32 @@ class Optimizer:
         return 0.0
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
-        """Check hyperparameters by making a row of them; what a callable ``lr`` gives is checked in the step."""
-        self._row_of(group, 1, 0.0 if callable(group["lr"]) else group["lr"])
+        """Check hyperparameters by making a row of them; what a callable ``lr`` gives is checked in the step.
 
-    def _row(self, index: int, step: int) -> coefficients.Row:
-        """The row of a group for one step count: called by the engine, in a step, before anything is written."""
+        A rate on a GPU is not looked at: that would wait for it.
+        """
+        lr = group["lr"]
+        self._row_of(group, 1, 0.0 if callable(lr) or devices.is_on_gpu(lr) else lr)
+
+    def _row(self, index: int, step: int) -> coefficients.Row | None:
+        """The row of a group for one step count: called by the engine, in a step, before anything is written.
+
+        For step 0, where a device counts: the hyperparameters, or None where they depend on the count.
+        """
         group = self.param_groups[index]
         lr = group["lr"]
         if not callable(lr):
+            if step == 0 and devices.is_on_gpu(lr):
+                row = self._row_of(group, 0, 0.0)
+                return (*row[:2], devices.number(f"param_groups[{index}]['lr']", lr), *row[3:])
             return self._row_of(group, step, lr)
+        if self._capturable:
+            raise ValueError(
+                f"param_groups[{index}]['lr']: expected a number or a 0-d array with capturable, got a function, which "
+                "no graph can call; pass a 0-d array on the GPU, and change it between replays"
+            )
+        if step == 0:
+            return None
         lr = lr(step)
         row = self._row_of(group, step, lr)
         self._last_lr[index] = lr
@@ -260,8 +285,10 @@ class Optimizer:
             if key not in state:
                 dtype = self._state_dtype or self._params[index].dtype
                 fill = self._fill(self.param_groups[self._group_of[index]])
-                state[key] = np.full_like(self._params[index], fill, dtype=dtype, subok=False)
-        return tuple(state[key] for key in keys)
+                state[key] = devices.full_like(self._params[index], fill, dtype)
+        if not self._on_gpu:
+            return tuple(state[key] for key in keys)
+        return tuple(devices.readable(devices.window(key, state[key], True)) for key in keys)
 
     @classmethod
     def _keys(cls, variant: int) -> list[str]:
@@ -281,11 +308,10 @@ class Optimizer:
             value = saved.get(key)
             if value is None:  # as torch's SGD saves a buffer that it does not use
                 continue
-            a = arrays.check_array(f"{label}[{key!r}]", value)
+            a = arrays.check_array(f"{label}[{key!r}]", value, place=None if self._on_gpu else devices.HOST)
             if a.shape != param.shape:
                 raise ValueError(f"{label}[{key!r}]: expected shape {param.shape}, got {a.shape}")
-            states[key] = np.empty_like(param, dtype=a.dtype, subok=False)  # in the parameter's layout
-            states[key][...] = a
+            states[key] = devices.copied_like(param, a)  # in the parameter's layout
         if "step" in saved:
             step = _read_step(f"{label}['step']", saved["step"])
         elif self._rule == "sgd":  # torch's SGD counts no steps: with a buffer the next is not the first
@@ -302,12 +328,12 @@ class Optimizer:
         form = arrays.Form(group["params"])
         labels = form.labels(label)
         given = form.flatten(label, group["params"])
-        params = arrays.check_params(labels, given)
+        params = arrays.check_params(labels, given, self._place())
         arrays.check_memory([*zip(self._labels, self._params, strict=True), *zip(labels, params, strict=True)], [])
         self._check_group(new)
         new["params"] = given
         index = len(self.param_groups)
-        self._prepared.add(index, params)
+        self._prepared.add(index, [devices.readable(p) for p in params])
         self.param_groups.append(new)
         self._forms.append(form)
         self._last_lr.append(None)
@@ -320,9 +346,15 @@ class Optimizer:
         keys = [key for form in self._forms for key in form.keys or ()]
         self._names = keys if len(set(keys)) == len(self._params) else range(len(self._params))
 
+    def _place(self) -> str | None:
+        """Where parameters lie; None as long as any GPU will do."""
+        return devices.place(self._params[0]) if self._params else None if self._on_gpu else devices.HOST
+
     def _one_pass(self, grads: Any, one_pass: OnePass) -> StepStats | None:
         """A step with more than the step asked of it."""
         ask = onepass.read(f"{type(self).__name__}.step", one_pass)
+        if ask.stream is not None and not self._on_gpu:
+            raise ValueError(onepass.NO_STREAM)
         last_lr = list(self._last_lr)
         flat = self._listed(grads)
         flat_ask = ask._replace(ema=self._listed(ask.ema), copies=self._listed(ask.copies))
@@ -330,13 +362,13 @@ class Optimizer:
         if result is False:
             result = self._check_and_step(grads, ask)
             flat = self._flatten("grads", grads)[1]
-        if self._tensors and (result is True or not result[0]):
+        if self._tensors and onepass.may_have_moved(result):
             self._tell(grads)
         if result is True:
             return None
         entries = flat if isinstance(flat, (list, tuple)) else [flat]
         stats = StepStats(self._names, entries, result, ask.stats)
-        if stats.skipped:
+        if self._last_lr != last_lr and stats.skipped:
             self._last_lr[:] = last_lr
         return stats
 
@@ -346,7 +378,7 @@ class Optimizer:
         checked = arrays.check_grads(labels, self._params, flat, ask.zero_grads)
         labelled_grads = [(label, g) for label, g in zip(labels, checked, strict=True) if g is not None]
         # Parameters and states again: their owner may have made one read-only since, or changed its shape.
-        written = list(zip(self._labels, arrays.check_params(self._labels, self._params), strict=True))
+        written = list(zip(self._labels, arrays.check_params(self._labels, self._params, self._place()), strict=True))
         for i, (param, state) in enumerate(zip(self._params, self._state, strict=True)):
             labelled = [(f"state[{i}][{key!r}]", a) for key, a in state.items()]
             written += [(label, arrays.check_state(label, param, a)) for label, a in labelled]
@@ -363,12 +395,14 @@ class Optimizer:
             arrays.check_memory(written + labelled_grads, [])
         else:
             arrays.check_memory(written, labelled_grads)
+        if self._on_gpu:
+            ask = ask._replace(stream=devices.stream_for(self._params[0], ask.stream))
         result = self._prepared.step(checked, self._row, self._initialise, True, ask)
         if result is False:
             raise RuntimeError(
                 f"{self._rule}: the arrays changed during the step, or this is a bug to report; nothing was stepped"
             )
-        if result is True or not result[0]:
+        if onepass.may_have_moved(result):
             tensors.wrote([given_ema, given_copies, *[self._flatten("grads", grads)[1]] * ask.zero_grads])
         return result
 
@@ -426,6 +460,9 @@ class SGD(Optimizer):
         As in `sgd_step`.
     state_dtype : dtype, optional
         dtype of the state; by default its parameter's.
+    capturable : bool
+        For arrays on a GPU: count the steps there, so that a CUDA graph of a step counts when it is replayed. ``lr``
+        may then be a 0-d array there, which may be changed between replays.
     """
 
     _rule = "sgd"
@@ -442,6 +479,7 @@ class SGD(Optimizer):
         *,
         maximize: bool = False,
         state_dtype: Any = None,
+        capturable: bool = False,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -451,7 +489,7 @@ class SGD(Optimizer):
             nesterov=nesterov,
             maximize=maximize,
         )
-        super().__init__(params, defaults, state_dtype)
+        super().__init__(params, defaults, state_dtype, capturable)
 
     @staticmethod
     def _row_of(group: Mapping[str, Any], step: int, lr: Any) -> coefficients.Row:
@@ -481,6 +519,9 @@ class Adam(Optimizer):
         Divide by the largest average of squares so far.
     state_dtype : dtype, optional
         dtype of the state; by default its parameter's.
+    capturable : bool
+        For arrays on a GPU: count the steps there, so that a CUDA graph of a step counts when it is replayed. ``lr``
+        may then be a 0-d array there, which may be changed between replays.
     """
 
     _rule = "adam"
@@ -497,9 +538,10 @@ class Adam(Optimizer):
         *,
         maximize: bool = False,
         state_dtype: Any = None,
+        capturable: bool = False,
     ) -> None:
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize)
-        super().__init__(params, defaults, state_dtype)
+        super().__init__(params, defaults, state_dtype, capturable)
 
     @staticmethod
     def _row_of(group: Mapping[str, Any], step: int, lr: Any) -> coefficients.Row:
@@ -523,6 +565,9 @@ class AdamW(Optimizer):
         Divide by the largest average of squares so far.
     state_dtype : dtype, optional
         dtype of the state; by default its parameter's.
+    capturable : bool
+        For arrays on a GPU: count the steps there, so that a CUDA graph of a step counts when it is replayed. ``lr``
+        may then be a 0-d array there, which may be changed between replays.
     """
 
     _rule = "adamw"
@@ -539,9 +584,10 @@ class AdamW(Optimizer):
         *,
         maximize: bool = False,
         state_dtype: Any = None,
+        capturable: bool = False,
     ) -> None:
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize)
-        super().__init__(params, defaults, state_dtype)
+        super().__init__(params, defaults, state_dtype, capturable)
 
     @staticmethod
     def _row_of(group: Mapping[str, Any], step: int, lr: Any) -> coefficients.Row:
@@ -565,6 +611,9 @@ class Adagrad(Optimizer):
         What the sums of squares start from, >= 0.
     state_dtype : dtype, optional
         dtype of the state; by default its parameter's.
+    capturable : bool
+        For arrays on a GPU: count the steps there, so that a CUDA graph of a step counts when it is replayed. ``lr``
+        may then be a 0-d array there, which may be changed between replays.
     """
 
     _rule = "adagrad"
@@ -581,6 +630,7 @@ class Adagrad(Optimizer):
         *,
         maximize: bool = False,
         state_dtype: Any = None,
+        capturable: bool = False,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -590,7 +640,7 @@ class Adagrad(Optimizer):
             eps=eps,
             maximize=maximize,
         )
-        super().__init__(params, defaults, state_dtype)
+        super().__init__(params, defaults, state_dtype, capturable)
 
     @staticmethod
     def _row_of(group: Mapping[str, Any], step: int, lr: Any) -> coefficients.Row:
@@ -618,6 +668,9 @@ class RMSprop(Optimizer):
         As in `rmsprop_step`.
     state_dtype : dtype, optional
         dtype of the state; by default its parameter's.
+    capturable : bool
+        For arrays on a GPU: count the steps there, so that a CUDA graph of a step counts when it is replayed. ``lr``
+        may then be a 0-d array there, which may be changed between replays.
     """
 
     _rule = "rmsprop"
@@ -633,6 +686,7 @@ class RMSprop(Optimizer):
         momentum: float = 0.0,
         centered: bool = False,
         *,
+        capturable: bool = False,
         maximize: bool = False,
         state_dtype: Any = None,
     ) -> None:
@@ -645,7 +699,7 @@ class RMSprop(Optimizer):
             centered=centered,
             maximize=maximize,
         )
-        super().__init__(params, defaults, state_dtype)
+        super().__init__(params, defaults, state_dtype, capturable)
 
     @staticmethod
     def _row_of(group: Mapping[str, Any], step: int, lr: Any) -> coefficients.Row:
@@ -657,6 +711,7 @@ class RMSprop(Optimizer):
             group["momentum"],
             group["centered"],
             group["maximize"],
+            step,
         )
 
 
@@ -673,6 +728,9 @@ class Lion(Optimizer):
         As in `lion_step`.
     state_dtype : dtype, optional
         dtype of the state; by default its parameter's.
+    capturable : bool
+        For arrays on a GPU: count the steps there, so that a CUDA graph of a step counts when it is replayed. ``lr``
+        may then be a 0-d array there, which may be changed between replays.
     """
 
     _rule = "lion"
@@ -687,13 +745,14 @@ class Lion(Optimizer):
         *,
         maximize: bool = False,
         state_dtype: Any = None,
+        capturable: bool = False,
     ) -> None:
         defaults = dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize)
-        super().__init__(params, defaults, state_dtype)
+        super().__init__(params, defaults, state_dtype, capturable)
 
     @staticmethod
     def _row_of(group: Mapping[str, Any], step: int, lr: Any) -> coefficients.Row:
-        return coefficients.lion(lr, group["betas"], group["weight_decay"], group["maximize"])
+        return coefficients.lion(lr, group["betas"], group["weight_decay"], group["maximize"], step)
 
 
 def _read_step(label: str, value: Any) -> int:

@@ -46,8 +46,8 @@ class StepStats:
         What the parameters are called: their keys in a dict, else their indices.
     grads : sequence
         Their gradients, of which only is read which are None.
-    result : tuple
-        What the engine returned.
+    result : tuple or object
+        What the engine returned: a tuple, or something that fetches it from a device when someone looks.
     norms : bool
         Whether that includes the norms.
 
@@ -69,19 +69,50 @@ class StepStats:
     gradient 10, clipped by 0.5; update 0.5, parameters 4.5
     """
 
-    __slots__ = ("_keys", "_present", "_squares", "clip_factor", "nonfinite", "skipped")
+    __slots__ = ("_keys", "_norms", "_present", "_result", "_told")
 
-    def __init__(
-        self, keys: Sequence[Hashable], grads: Sequence[Any], result: tuple[Any, ...], norms: bool = True
-    ) -> None:
-        self.skipped: bool
-        self.nonfinite: int
-        self.clip_factor: float
-        self.skipped, self.nonfinite, self.clip_factor, of_grads, of_updates, of_params = result
+    def __init__(self, keys: Sequence[Hashable], grads: Sequence[Any], result: Any, norms: bool = True) -> None:
         # Kept by the thousand over a run: so sums of squares in one array, and nothing for the garbage collector.
         self._keys = keys
+        self._norms = norms
         self._present = bytes([g is not None for g in grads]) if norms else b""
-        self._squares = array("d", of_grads + of_updates + of_params) if norms else None
+        self._result = result
+        self._told: tuple[bool, int, float, array[float] | None] | None = None
+        if isinstance(result, tuple):
+            self._look()
+
+    def _look(self) -> tuple[bool, int, float, array[float] | None]:
+        """What the step told, waiting for the device that took it."""
+        if self._told is None:
+            result = self._result if isinstance(self._result, tuple) else self._result.fetch()
+            skipped, nonfinite, clip_factor, of_grads, of_updates, of_params = result
+            squares = array("d", of_grads + of_updates + of_params) if self._norms else None
+            self._told = skipped, nonfinite, clip_factor, squares
+            self._result = None
+        return self._told
+
+    def __getstate__(self) -> Any:
+        self._look()
+        return None, {name: getattr(self, name) for name in self.__slots__}
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the step was skipped, for a gradient was not finite."""
+        return self._look()[0]
+
+    @property
+    def nonfinite(self) -> int:
+        """How many elements of the gradients are NaN or inf."""
+        return self._look()[1]
+
+    @property
+    def clip_factor(self) -> float:
+        """By what the gradients were multiplied to have ``max_norm``; 1.0 where they were not clipped."""
+        return self._look()[2]
+
+    @property
+    def _squares(self) -> array[float] | None:
+        return self._look()[3]
 
     @property
     def grad_norm(self) -> float | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fastgd import arrays, coefficients, onepass, tensors
+from fastgd import arrays, coefficients, devices, onepass, tensors
 from fastgd.arrays import Arrays, Gradients
 from fastgd.onepass import OnePass
 from fastgd.stats import StepStats
@@ -531,16 +531,20 @@ class Steps:
         ask: onepass.Ask = onepass.NOTHING,
     ) -> Any:
         """What the engine did not take as it came: raise what is wrong with it, or step it as plain lists."""
-        if tensors.learn_types([params, grads, *states, ask.ema, ask.copies]):
-            result = self._engine.step(rule, rows, row_of, params, grads, states, False, ask)
+        module = devices.engine_of(params, self._engine)
+        on_gpu = module is not self._engine
+        if tensors.learn_types([params, grads, *states, ask.ema, ask.copies], module) or on_gpu:
+            result = module.step(rule, rows, row_of, params, grads, states, False, ask)
             if result is not False:
                 return result
-        checked = arrays.check(names, params, grads, states, ask.ema, ask.copies, ask.zero_grads)
+        checked = arrays.check(names, params, grads, states, ask.ema, ask.copies, ask.zero_grads, on_gpu)
         plain = ask._replace(ema=checked.ema, copies=checked.copies)
-        result = self._engine.step(rule, rows, row_of, checked.params, checked.grads, checked.states, True, plain)
+        if on_gpu:
+            plain = plain._replace(stream=devices.stream_for(checked.params[0], ask.stream))
+        result = module.step(rule, rows, row_of, checked.params, checked.grads, checked.states, True, plain)
         if result is False:
             raise RuntimeError(f"{rule}: the engine refused arrays that were checked; please report this")
-        if result is True or not result[0]:
+        if onepass.may_have_moved(result):
             form = arrays.Form(params)
             written = [params, *states, ask.ema, ask.copies, *[grads] * ask.zero_grads]
             stepped = [g is not None for g in checked.grads]
@@ -560,6 +564,8 @@ class Steps:
     ) -> StepStats | None:
         """A step with more than the step asked of it."""
         ask = onepass.read(f"{rule}_step", one_pass)
+        if ask.stream is not None and devices.engine_of(params, self._engine) is self._engine:
+            raise ValueError(onepass.NO_STREAM)
         result = self._engine.step(rule, rows, row_of, params, grads, states, False, ask)
         if result is False:
             result = self._check_and_step(rule, rows, row_of, params, grads, states, names, ask)

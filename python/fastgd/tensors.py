@@ -24,24 +24,25 @@ def is_tensor(value: Any) -> bool:
     return torch is not None and isinstance(value, getattr(torch, "Tensor", ()))
 
 
-def learn(kind: type) -> bool:
-    """Teach the compiled module to read tensors of exactly this type; False where it cannot."""
+def learn(kind: type, module: Any = None) -> bool:
+    """Teach the compiled module, or another, to read tensors of exactly this type; False where it cannot."""
     torch = sys.modules["torch"]
-    learn_type = getattr(engine.active, "learn", None)
+    module = module or engine.active
+    learn_type = getattr(module, "learn", None)
     if learn_type is None or kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:  # type: ignore[attr-defined]
         return False
-    engine.active.call_with_written(_count_versions)
+    module.call_with_written(_count_versions)
     return bool(learn_type(kind, "is_neg"))
 
 
-def learn_types(values: Iterable[Any]) -> bool:
-    """Learn the types of all tensors among arguments; whether one is new, so that the engine may be asked again."""
-    kinds = {type(x) for x in _tensors(values)} - _met
-    _met.update(kinds)
-    return any([learn(kind) for kind in kinds])
+def learn_types(values: Iterable[Any], module: Any) -> bool:
+    """Teach a module the types of all tensors among arguments; whether one is new, so that it may be asked again."""
+    new = {(type(x), module) for x in _tensors(values)} - _met
+    _met.update(new)
+    return any([learn(kind, module) for kind, _ in new])
 
 
-_met: set[type] = set()
+_met: set[tuple[type, Any]] = set()
 
 
 def ndarray(label: str, value: Any, written: bool) -> Any:
@@ -86,6 +87,15 @@ def _tensors(values: Iterable[Any]) -> list[Any]:
 _NO_CUDA = "this build of fastgd has no CUDA; step a copy in the host's memory"
 
 
+def check_dense(label: str, x: Any) -> None:
+    """Raise where a tensor on a GPU has no memory that can be stepped."""
+    torch = sys.modules["torch"]
+    with torch._C.DisableTorchFunctionSubclass():
+        what, advice = _why_not(torch, x, "cuda")
+    if what:
+        raise TypeError(f"{label}: expected a dense tensor of real numbers, got {what}; {advice}")
+
+
 def _from_torch(label: str, x: Any) -> Any:
     torch = sys.modules["torch"]
     with torch._C.DisableTorchFunctionSubclass():
@@ -106,7 +116,7 @@ def _from_torch(label: str, x: Any) -> Any:
         return plain.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
 
 
-def _why_not(torch: Any, x: Any) -> tuple[str, str]:
+def _why_not(torch: Any, x: Any, device: str = "cpu") -> tuple[str, str]:
     """What a tensor is that has no memory to be stepped in, and what to do; empty where it has."""
     kind = type(x).__name__
     if hasattr(x, "_local_tensor") and hasattr(x, "placements"):
@@ -121,7 +131,7 @@ def _why_not(torch: Any, x: Any) -> tuple[str, str]:
     if x.layout != torch.strided or x.is_nested:
         layout = "nested" if x.is_nested else str(x.layout).removeprefix("torch.").replace("_", " ").lower()
         return f"a tensor of layout {layout}", "pass x.to_dense()"
-    if x.device.type != "cpu":
+    if x.device.type != device:
         no_data = x.device.type == "meta"
         return f"a tensor on {x.device}", "give it memory, x.to_empty(device='cpu')" if no_data else _NO_CUDA
     name = str(x.dtype).removeprefix("torch.")

@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _in_words(value: object) -> str:
-    if value is None:
+    if value is None or value == []:
         return "none"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value))

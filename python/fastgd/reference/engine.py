@@ -48,7 +48,7 @@ def step(
 class Prepared:
     """The parameters of an optimizer with their step counts. Unlike the compiled one it asks for states each time."""
 
-    def __init__(self, rule: str, steady: bool = False) -> None:
+    def __init__(self, rule: str, steady: bool = False, capturable: bool = False) -> None:
         self._rule = rule
         self._params: list[Any] = []
         self._groups: list[int] = []

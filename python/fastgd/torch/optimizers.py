@@ -271,7 +271,7 @@ class OnePassOptimizer(torch.optim.Optimizer):
     def _step(self, scaler: Any) -> None:
         plan = self._plan
         if plan is None or not plan.holds(self):
-            plan = self._plan = Plan(self) if direct() else None
+            plan = self._plan = Plan(self) if direct(self) else None
         plan = plan or ViewedPlan(self)  # for one step only
         try:
             ask = self._ask(plan, amp.scale_and_found(self, scaler))
@@ -286,7 +286,9 @@ class OnePassOptimizer(torch.optim.Optimizer):
             for name in ("grad_scale", "found_inf"):  # a GradScaler's, which does not clear them then
                 self.__dict__.pop(name, None)
             raise
-        skipped = result is not True and result[0]
+        if ask is not None and (ask.skip_nonfinite or plan.whole) and not isinstance(result, (bool, tuple)):
+            result = result.fetch()  # waits for the GPU: torch's state counts no step that was skipped
+        skipped = isinstance(result, tuple) and result[0]
         plan.settle(grads, ask is not None and ask.zero_grads, skipped)
         if ask is not None and ask.tracked is not None and not skipped:
             self.ema_updates += 1
@@ -338,12 +340,13 @@ class OnePassOptimizer(torch.optim.Optimizer):
         return ask
 
     def _stats(self, plan: Plan, grads: list[Any], result: Any, ask: onepass.Ask) -> StepStats:
-        skipped, nonfinite, clip_factor, *squares = result
         if plan.whole and ask.stats:
+            skipped, nonfinite, clip_factor, *squares = result
             squares = plan.whole.by_param(squares)
             if ask.max_norm is None and not ask.skip_nonfinite:
                 nonfinite = plan.whole.total([0.0] * len(plan.params), nonfinite)[1]
-        return StepStats(plan.names, grads, (skipped, nonfinite, clip_factor, *squares), ask.stats)
+            result = (skipped, nonfinite, clip_factor, *squares)
+        return StepStats(plan.names, grads, result, ask.stats)
 
 
 class SGD(OnePassOptimizer, torch.optim.SGD):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastgd import arrays, engine, onepass, optimizers, tensors
+from fastgd import arrays, devices, engine, onepass, optimizers, tensors
 from fastgd.torch import sharded
 
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]
@@ -40,6 +40,13 @@ class Plan:
         self._norm_group = optimizer.one_pass["norm_group"]
         self.whole = sharded.Whole(self.params, sharded.group_of(self._norm_group))
         self.local = [sharded.local(p) for p in self.params]
+        self._engine = engine_of(optimizer)
+        self._on_gpu = self._engine is not engine.active
+        if self._on_gpu and any(group.get("capturable") for group in self.groups):
+            raise ValueError(
+                "capturable: expected False on a GPU, got True; torch's state counts the steps on the host here; "
+                "fastgd's own classes have capturable=True"
+            )
         self._with_momentum = self._momentum()
         self._made: list[tuple[Any, list[str]]] = []  # states that this step has made: parameter and keys
         self.ema, self.tracked = self._place_averages(optimizer._ema[0] if optimizer._ema else [])
@@ -49,8 +56,10 @@ class Plan:
         self._snapshot: Any = None
         self._owners: dict[int, Any] = {}
         for kind in {type(p) for p in self.local}:
-            tensors.learn(kind)
-        self._prepared = engine.active.Prepared(self.rule._rule, True)
+            tensors.learn(kind, self._engine)
+        self._prepared = self._engine.Prepared(self.rule._rule, True)
+        self._shows_counts = not self._on_gpu
+        self._count_versions = self._versions_of_counts() if self._on_gpu else []
         self._add(self.local)
 
     def _add(self, params: Sequence[Any]) -> None:
@@ -76,7 +85,12 @@ class Plan:
             and self._snapshot.same(self.state, self.groups)
             and all(map(is_, map(sharded.local, self._sharded), self._shards))
             and self._with_momentum == self._momentum()
+            and (self._shows_counts or self._count_versions == self._versions_of_counts())
         )
+
+    def _versions_of_counts(self) -> list[int]:
+        """Which change where a count is changed in place, and not by a step here."""
+        return [state["step"]._version for state in self.state.values() if _is_count(state.get("step"))]
 
     def _momentum(self) -> list[bool]:
         """Of the groups of a class that keeps no count: where momentum is new, the next step is the first."""
@@ -115,6 +129,11 @@ class Plan:
                 for g in grads:
                     if g is not None:
                         g.zero_()
+        elif self._counts and not self._shows_counts:
+            counts = [self.state[p]["step"] for p, g in zip(self.params, grads, strict=True) if g is not None]
+            if counts:
+                torch._foreach_add_(counts, 1)
+            self._count_versions = self._versions_of_counts()
         self._made.clear()
         for p in self._sharded:  # the engine knew their shards
             if p.grad is None:
@@ -162,7 +181,7 @@ class Plan:
             if local is not state[key]:
                 self._sharded.append(state[key])
                 self._shards.append(local)
-        if self._counts:
+        if self._counts and self._shows_counts:
             states.append(state["step"])
         # An owner in C++: where Python is the only one, torch takes twice as long to show a tensor.
         with suppress(BufferError, AttributeError):  # a state that the engine will not read either
@@ -204,15 +223,18 @@ class ViewedPlan(Plan):
             for g, group in enumerate(self.groups)
             for i in range(len(group["params"]))
         ]
+        self._place = None if self._on_gpu else devices.HOST
         self._views = [self._view(*entry) for entry in zip(self._labels, self.params, self.local, strict=True)]
         self._owners = {}
-        self._prepared = engine.active.Prepared(self.rule._rule)
+        self._prepared = self._engine.Prepared(self.rule._rule)
+        self._shows_counts = False
         self._add(self._views)
 
-    @staticmethod
-    def _view(label: str, p: Any, local: Any) -> Any:
+    def _view(self, label: str, p: Any, local: Any) -> Any:
         try:
-            return arrays.check_params([label], [local])[0]
+            view = arrays.check_params([label], [local], self._place)[0]
+            self._place = devices.place(view)
+            return view
         except (TypeError, ValueError):
             if p.grad is not None:
                 raise
@@ -246,7 +268,7 @@ class ViewedPlan(Plan):
             written += zip(labels, copies, strict=True)
             plain = plain._replace(copies=copies)
         if ask.tracked is not None:
-            sources = [arrays.check_array("a tracked tensor", x) for x in ask.tracked[0]]
+            sources = [arrays.check_array("a tracked tensor", x, place=self._place) for x in ask.tracked[0]]
             averages = [
                 arrays.check_ema("the average of a tracked tensor", x, e)
                 for x, e in zip(sources, ask.tracked[1], strict=True)
@@ -255,25 +277,29 @@ class ViewedPlan(Plan):
             written += [("the average of a tracked tensor", e) for e in averages]
             plain = plain._replace(tracked=(sources, averages))
         arrays.check_memory(written, read)
+        if self._on_gpu:
+            plain = plain._replace(stream=devices.stream_for(self._views[0], ask.stream))
         result = self._prepared.step(views, self._row, self._initialise, True, plain)
         if result is False:
             raise RuntimeError(f"{self.rule._rule}: the engine refused tensors that were checked; please report this")
-        if result is True or not result[0]:
+        if onepass.may_have_moved(result):
             stepped = [p for p, g in zip(self.params, grads, strict=True) if g is not None]
-            if self._counts:
-                for p in stepped:
-                    self.state[p]["step"] += 1
             tensors.wrote([stepped, ask.ema, ask.copies, ask.tracked and ask.tracked[1], *[grads] * ask.zero_grads])
         return result
 
     def _initialise(self, index: int, variant: int) -> tuple[Any, ...]:
-        states = super()._initialise(index, variant)
-        return tuple(tensors.ndarray("state", x, True) for x in (states[:-1] if self._counts else states))
+        return tuple(arrays.check_array("state", x, place=self._place) for x in super()._initialise(index, variant))
 
 
-def direct() -> bool:
-    """Whether the engine reads tensors itself: it is the compiled one, and torch has the exchange API."""
-    return tensors.learn(torch.Tensor)
+def engine_of(optimizer: Any) -> Any:
+    """The module for where the parameters lie."""
+    first = next((sharded.local(p) for group in optimizer.param_groups for p in group["params"]), None)
+    return devices.engine_of([first], engine.active)
+
+
+def direct(optimizer: Any) -> bool:
+    """Whether the engine reads tensors itself: it is a compiled one, and torch has the exchange API."""
+    return tensors.learn(torch.Tensor, engine_of(optimizer))
 
 
 def _is_count(value: Any) -> bool:

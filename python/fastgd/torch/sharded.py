@@ -54,6 +54,7 @@ class Whole:
 
     def __init__(self, params: Sequence[Any], group: Any) -> None:
         self._group = group
+        self._device = local(params[0]).device if params else torch.device("cpu")
         self._shards_of = [_shard_groups(p) for p in params]  # by parameter: the groups over which its shards lie
         self._groups = list(dict.fromkeys(g for groups in self._shards_of for g in groups))
 
@@ -70,12 +71,12 @@ class Whole:
             sums[groups] += square
         for group in self._groups:
             shared = [groups for groups in sums if group in groups]
-            *totals, count = _added([*(sums[groups] for groups in shared), nonfinite], group)
+            *totals, count = self._added([*(sums[groups] for groups in shared), nonfinite], group)
             sums.update(zip(shared, totals, strict=True))
             nonfinite = int(count)
         square = sum(sums.values())
         if self._group is not None:
-            square, count = _added([square, nonfinite], self._group)
+            square, count = self._added([square, nonfinite], self._group)
             nonfinite = int(count)
         return square, nonfinite
 
@@ -84,20 +85,19 @@ class Whole:
         rows = [list(row) for row in zip(*kinds, strict=True)]
         for group in self._groups:
             shared = [i for i, groups in enumerate(self._shards_of) if group in groups]
-            totals = iter(_added([x for i in shared for x in rows[i]], group))
+            totals = iter(self._added([x for i in shared for x in rows[i]], group))
             for i in shared:
                 rows[i] = [next(totals) for _ in rows[i]]
         return [list(kind) for kind in zip(*rows, strict=True)] if rows else [[] for _ in kinds]
+
+    def _added(self, numbers: Sequence[float], group: Any) -> list[float]:
+        """Each number summed over the members of a group."""
+        t = torch.tensor(numbers, dtype=torch.float64, device=self._device)
+        dist.all_reduce(t, group=group)
+        return t.tolist()  # type: ignore[no-any-return]
 
 
 def _shard_groups(x: Any) -> tuple[Any, ...]:
     if not is_sharded(x):
         return ()
     return tuple(x.device_mesh.get_group(i) for i, placement in enumerate(x.placements) if not placement.is_replicate())
-
-
-def _added(numbers: Sequence[float], group: Any) -> list[float]:
-    """Each number summed over the members of a group."""
-    t = torch.tensor(numbers, dtype=torch.float64)
-    dist.all_reduce(t, group=group)
-    return t.tolist()  # type: ignore[no-any-return]

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import fastgd
-from fastgd.cli.bench import classes, core, one_pass
+from fastgd.cli.bench import classes, core, cuda, one_pass
 from fastgd.cli.bench.case import settings, workloads
 from fastgd.cli.bench.machine import described
 from fastgd.cli.bench.peers import PEERS
 from fastgd.cli.bench.report import Report
 from fastgd.cli.stop import Stop
 
-SUITES = {"core": core, "pass": one_pass, "torch": classes}
+SUITES = {"core": core, "pass": one_pass, "torch": classes, "cuda": cuda}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
