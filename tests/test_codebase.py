@@ -31,7 +31,9 @@ def test_tool(tool, tmp_path):
     package, *arguments = TOOLS[tool]
     pytest.importorskip(package)
     allow = tmp_path / "stubtest.allow"
-    allow.write_text("fastgd._core.Prepared\nfastgd._core.Snapshot\n")  # their metaclass is pybind11's, which a stub cannot name
+    allow.write_text(
+        "fastgd._core.Prepared\nfastgd._core.Snapshot\n"
+    )  # their metaclass is pybind11's, which a stub cannot name
     arguments = [str(allow) if a == allow.name else a for a in arguments]
     env = os.environ | {"MYPYPATH": str(ROOT / "python")}
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
